@@ -1,0 +1,1 @@
+"""ghostify turns a trained CNN into a Ghost network."""

@@ -1,0 +1,1 @@
+"""Storing a converted model without pickle, and exporting it to verified ONNX."""

@@ -1,0 +1,1 @@
+"""Teaching the converted model to answer like the original one."""

@@ -1,0 +1,90 @@
+"""Every error that ghostify raises on purpose.
+
+The tree::
+
+    GhostifyError
+    ├── OptionError         an option has a value that cannot be used (ratio=0.5, dw_size=4)
+    ├── InputsError         example inputs or data are missing, empty, or do not fit the model
+    ├── ModelNotFoundError  no model has the name that was asked for
+    ├── MissingExtraError   an optional package is not installed; names the extra that brings it
+    ├── TraceError          the model does not run on the example inputs
+    ├── PlanError           the plan cannot be made or does not fit
+    │   ├── NothingToConvertError   no convolution is left to replace
+    │   ├── PatternError            a name pattern matches no convolution
+    │   └── PlanMismatchError       the plan was made for another model
+    ├── ConversionError     the converted model is not what the plan promised
+    ├── TrainingError       distillation cannot start or go on
+    │   └── NonFiniteLossError      the loss became NaN or infinite
+    ├── ArtefactError       a stored model is damaged, foreign, or fits another base model
+    ├── ExportError         the exported file does not compute what the model computes
+    └── OutputError         a result cannot be written
+
+Each message is one string: what is wrong (``name=value``), where, and what to do next.
+The classes also derive from the built-in exception that a caller would expect
+(``ValueError``, ``ImportError``, ``OSError``), so code that knows nothing of ghostify
+catches them as usual.
+"""
+
+
+class GhostifyError(Exception):
+    """The root of all errors raised on purpose by ghostify."""
+
+
+class OptionError(GhostifyError, ValueError):
+    """An option has a value that cannot be used."""
+
+
+class InputsError(GhostifyError, ValueError):
+    """Example inputs or data are missing, empty, or do not fit the model."""
+
+
+class ModelNotFoundError(GhostifyError, LookupError):
+    """No model has the name that was asked for."""
+
+
+class MissingExtraError(GhostifyError, ImportError):
+    """An optional package is not installed."""
+
+
+class TraceError(GhostifyError, RuntimeError):
+    """The model does not run on the example inputs."""
+
+
+class PlanError(GhostifyError, ValueError):
+    """The plan cannot be made or does not fit."""
+
+
+class NothingToConvertError(PlanError):
+    """No convolution is left to replace."""
+
+
+class PatternError(PlanError):
+    """A name pattern matches no convolution of the model."""
+
+
+class PlanMismatchError(PlanError):
+    """The plan was made for another model."""
+
+
+class ConversionError(GhostifyError, RuntimeError):
+    """The converted model is not what the plan promised."""
+
+
+class TrainingError(GhostifyError, RuntimeError):
+    """Distillation cannot start or go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+class ArtefactError(GhostifyError, ValueError):
+    """A stored model is damaged, foreign, or fits another base model."""
+
+
+class ExportError(GhostifyError, RuntimeError):
+    """The exported file does not compute what the model computes."""
+
+
+class OutputError(GhostifyError, OSError):
+    """A result cannot be written."""

@@ -1,0 +1,104 @@
+"""Writing results so that nothing half-written is ever found under a final name."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ghostify.errors import OutputError
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on success it is renamed to ``path``, else removed.
+
+    Args:
+        path: The final file. Missing parent folders are made.
+
+    Yields:
+        The temporary path to write to.
+
+    Raises:
+        OutputError: The folder cannot be written, or the disk is full.
+    """
+    final = Path(path)
+    with _reported(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{final.stem}.", suffix=final.suffix, dir=final.parent)
+        os.close(descriptor)
+    temporary = Path(name)
+    try:
+        with _reported(final):
+            yield temporary
+            _flush(temporary)
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is an ordinary one
+            temporary.replace(final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The same for a folder: it appears under its final name complete or not at all.
+
+    An existing folder of that name is replaced, and only after the new one is complete.
+
+    Args:
+        path: The final folder. Missing parent folders are made.
+
+    Yields:
+        A temporary folder to fill.
+
+    Raises:
+        OutputError: The folder cannot be written, or the disk is full.
+    """
+    final = Path(path)
+    with _reported(final):
+        if final.exists() and not final.is_dir():
+            raise OutputError(f"path={str(final)!r} is a file, and a folder is to be written there. Name another one.")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        with _reported(final):
+            yield temporary
+            for file in temporary.iterdir():
+                _flush(file)
+            temporary.chmod(0o777 & ~_umask())
+            if final.exists():
+                retired = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+                final.replace(retired)
+                temporary.replace(final)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                temporary.replace(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _reported(final: Path) -> Iterator[None]:
+    """Turn an operating-system error into one that says what was being written and what to do."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"path={str(final)!r} cannot be written: {error.strerror or error}. Nothing half-written is left; "
+            "free some space or name a folder that you may write to."
+        ) from error
+
+
+def _flush(file: Path) -> None:
+    """Make sure that the bytes are on the disk before the name is."""
+    if file.is_file():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""Building blocks: the Ghost unit, and the networks of the published tables."""

@@ -1,0 +1,1 @@
+"""Deciding, before anything is changed, what happens to every convolution and what it saves."""

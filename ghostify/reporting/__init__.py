@@ -1,0 +1,1 @@
+"""Comparing the original and the converted model in plain numbers, and showing them."""

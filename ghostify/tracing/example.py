@@ -1,0 +1,124 @@
+"""Running a model on example inputs without leaving a mark on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ghostify.errors import InputsError, TraceError
+
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The arguments of one call of a model.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(inputs: ExampleInputs | Example | None) -> Example:
+        """Normalise what a caller gives.
+
+        Args:
+            inputs: A tensor ``(n, c, h, w)``; a tuple or list of positional arguments; or a dict
+                of keyword arguments.
+
+        Raises:
+            InputsError: Nothing was given, or it holds no tensor.
+        """
+        if isinstance(inputs, Example):
+            return inputs
+        if inputs is None:
+            raise InputsError(
+                "example_inputs=None: shapes decide what a Ghost unit costs, so one batch is needed. "
+                "Pass, for example, example_inputs=torch.randn(1, 3, 224, 224)."
+            )
+        if isinstance(inputs, Tensor):
+            example = Example((inputs,))
+        elif isinstance(inputs, Mapping):
+            example = Example((), dict(inputs))
+        elif isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+            example = Example(tuple(inputs))
+        else:
+            raise InputsError(
+                f"example_inputs has type {type(inputs).__name__}; it must be a tensor, a tuple of positional "
+                "arguments, or a dict of keyword arguments."
+            )
+        if not example.tensors():
+            raise InputsError("example_inputs holds no tensor. Pass a batch such as torch.randn(1, 3, 224, 224).")
+        if any(tensor.numel() == 0 for tensor in example.tensors()):
+            raise InputsError("example_inputs holds an empty tensor. Pass a batch of at least one example.")
+        return example
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in it, in order."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    @property
+    def batch(self) -> int:
+        """Examples in the batch: the first dimension of the first tensor."""
+        first = self.tensors()[0]
+        return first.shape[0] if first.dim() > 0 else 1
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all tensors, with the batch dimension."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors())
+
+    def to(self, model: nn.Module) -> Example:
+        """The same on the model's device, floating-point tensors in the model's dtype."""
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if parameter is None:
+            return self
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(parameter.device, parameter.dtype if leaf.is_floating_point() else None)
+
+        args, kwargs = tree_map(move, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    def run(self, model: nn.Module) -> Any:
+        """Call the model in evaluation mode without gradients; its modes and the global RNG are restored.
+
+        Raises:
+            TraceError: The model's forward raised.
+        """
+        moved = self.to(model)
+        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                return model(*moved.args, **moved.kwargs)
+            except Exception as error:
+                shapes = ", ".join(str(shape) for shape in self.shapes)
+                raise TraceError(
+                    f"{type(model).__name__} does not run on example_inputs of shape {shapes}: "
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}. "
+                    "Pass inputs that the model accepts in evaluation mode."
+                ) from error
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode; the ``training`` flag of every module is restored, also after an error."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False  # not .eval(): a model may override it, and freeze or print something
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
