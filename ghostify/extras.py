@@ -24,7 +24,7 @@ def require(module: str, *, extra: str) -> Any:
     try:
         imported: ModuleType = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+        if error.name is None or error.name.split(".")[0] != module.split(".", maxsplit=1)[0]:
             raise  # the package is there, but something that it needs is not: not ours to reword
         raise MissingExtraError(
             f"module={module!r} is not installed. Install the extra that brings it: pip install 'ghostify[{extra}]'."

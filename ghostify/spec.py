@@ -141,6 +141,8 @@ class Site:
         stride: ``(h, w)``.
         groups: Groups of the convolution.
         bias: Whether it has a bias.
+        params: Its own parameters (numbers).
+        channel_params: Those of them that belong to one output channel.
         calls: Every call in the example run, in order.
         order: Position among all sites in order of first execution; -1 if never called.
         obstacle: Why the module cannot be replaced without changing its meaning; empty if it can.
@@ -155,6 +157,8 @@ class Site:
     stride: tuple[int, ...]
     groups: int
     bias: bool
+    params: int
+    channel_params: int
     calls: tuple[Call, ...]
     order: int
     obstacle: str = ""
@@ -201,6 +205,7 @@ class Decision:
 
     @property
     def replaced(self) -> bool:
+        """Whether a Ghost unit takes the site's place."""
         return self.spec is not None
 
 
@@ -221,8 +226,8 @@ class Plan:
         input_shapes: Shapes of the example inputs, with the batch dimension.
         params: Parameters of the whole original model.
         macs: Multiply-accumulates of the whole original model, batch 1: convolutions and linear layers.
-        uncounted: Operations of the model that do arithmetic of another kind and are in no count
-            (attention products, say), with the number of multiply-accumulates.
+        uncounted: Operations outside the definition of MACs (attention products, say), with their
+            multiply-accumulates; ``None`` where torch has no formula for them.
         decisions: One for every convolution, in order of execution.
     """
 
@@ -233,7 +238,7 @@ class Plan:
     input_shapes: tuple[tuple[int, ...], ...]
     params: int
     macs: int
-    uncounted: dict[str, int]
+    uncounted: dict[str, int | None]
     decisions: tuple[Decision, ...]
 
     __pydantic_config__ = _FORBID_EXTRA
@@ -306,8 +311,10 @@ class Plan:
         if self.trace_way == "recorded":
             lines.append(f"facts   from a recorded run, because FX could not trace the model: {self.trace_note}")
         if self.uncounted:
-            parts = ", ".join(f"{name} {count:,}" for name, count in self.uncounted.items())
-            lines.append(f"beside  operations outside this definition of MACs: {parts}")
+            parts = (
+                f"{name} ({'unknown' if count is None else f'{count:,}'})" for name, count in self.uncounted.items()
+            )
+            lines.append(f"beside  operations outside this definition of MACs: {', '.join(parts)}")
         return "\n".join(lines)
 
     def __str__(self) -> str:

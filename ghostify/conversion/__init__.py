@@ -1,1 +1,7 @@
 """Carrying out a plan: replacing modules, and starting the new ones from the old weights."""
+
+from ghostify.conversion.calibration import Calibration
+from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser
+from ghostify.conversion.rewriter import apply, check_fits, convert, rebuild
+
+__all__ = ["INITIALISERS", "Calibration", "Conversion", "Initialiser", "apply", "check_fits", "convert", "rebuild"]

@@ -1,1 +1,7 @@
-"""Storing a converted model without pickle, and exporting it to verified ONNX."""
+"""Storing a converted model, and exporting it in a form that is checked."""
+
+from ghostify.deployment.artefact import load, save
+from ghostify.deployment.onnx_export import export_onnx
+from ghostify.deployment.parity import BatchCheck, ExportCheck
+
+__all__ = ["BatchCheck", "ExportCheck", "export_onnx", "load", "save"]

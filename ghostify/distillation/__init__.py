@@ -1,1 +1,27 @@
 """Teaching the converted model to answer like the original one."""
+
+from ghostify.distillation.config import DistillConfig
+from ghostify.distillation.datasets import DATASETS, DataOptions, Splits, load_data, read_parquet
+from ghostify.distillation.history import Epoch, Run, Scores
+from ghostify.distillation.images import Augment, ImageBatches
+from ghostify.distillation.losses import LOSSES, cross_entropy, distillation_loss, logit_mse
+from ghostify.distillation.training import distill
+
+__all__ = [
+    "DATASETS",
+    "LOSSES",
+    "Augment",
+    "DataOptions",
+    "DistillConfig",
+    "Epoch",
+    "ImageBatches",
+    "Run",
+    "Scores",
+    "Splits",
+    "cross_entropy",
+    "distill",
+    "distillation_loss",
+    "load_data",
+    "logit_mse",
+    "read_parquet",
+]

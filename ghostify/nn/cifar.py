@@ -63,7 +63,8 @@ class CifarResNet(nn.Module):
         """Map images ``(n, 3, h, w)`` to class scores ``(n, num_classes)``."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        scores: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return scores
 
 
 class CifarVGG(nn.Module):

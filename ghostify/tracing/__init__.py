@@ -1,1 +1,18 @@
 """Facts about a model's convolutions: where they are called, with which shapes, and what follows them."""
+
+from ghostify.tracing.counting import MacCount, count_macs, count_params, state_bytes
+from ghostify.tracing.example import Example, ExampleInputs, evaluating
+from ghostify.tracing.trace import Trace, fingerprint, trace
+
+__all__ = [
+    "Example",
+    "ExampleInputs",
+    "MacCount",
+    "Trace",
+    "count_macs",
+    "count_params",
+    "evaluating",
+    "fingerprint",
+    "state_bytes",
+    "trace",
+]

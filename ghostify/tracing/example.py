@@ -104,9 +104,10 @@ class Example:
                 return model(*moved.args, **moved.kwargs)
             except Exception as error:
                 shapes = ", ".join(str(shape) for shape in self.shapes)
+                first_line = next(iter(str(error).strip().splitlines()), "no message")
                 raise TraceError(
                     f"{type(model).__name__} does not run on example_inputs of shape {shapes}: "
-                    f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}. "
+                    f"{type(error).__name__}: {first_line.rstrip('.')}. "
                     "Pass inputs that the model accepts in evaluation mode."
                 ) from error
 

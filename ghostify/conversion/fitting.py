@@ -1,0 +1,256 @@
+"""Fitting one Ghost unit by least squares to what its layer should compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ghostify.conversion.choice import choose_layout
+from ghostify.conversion.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
+from ghostify.nn.ghost import GhostConv2d
+from ghostify.nn.layout import intrinsic_positions
+
+# Shares of the mean diagonal of the Gram matrix; see docs/decisions.md.
+_CHOICE_RIDGE = 1e-4
+_PRIMARY_RIDGE = 3e-3
+_CHEAP_RIDGE = 1e-4
+# Samples: enough for the pairs of channels; for the primary, several for every unknown of a filter.
+_CHOICE_ROWS = 20_000
+_PRIMARY_ROWS_PER_UNKNOWN = 8
+
+
+def fit_unit(
+    unit: GhostConv2d,
+    conv: nn.Conv2d,
+    norm: nn.Module | None,
+    *,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    refit_primary: bool,
+    generator: torch.Generator,
+) -> None:
+    """Choose the unit's intrinsic channels, then solve its primary and its cheap kernels.
+
+    Args:
+        unit: The unit; changed in place.
+        conv: The original convolution.
+        norm: The batch norm that alone reads the unit's output (the original's values; with
+            placement ``linear`` its running mean is shifted by what the fit leaves over), if there is one.
+        inputs: What the unit will get, each ``(b, c, h, w)``.
+        targets: What it should make of it, each ``(b, n, h', w')``, original channel order.
+        refit_primary: Solve the primary on ``inputs``; else its filters stay the chosen original ones.
+        generator: Picks the pixels that are sampled.
+    """
+    pixels = [sample_pixels(target, _share(targets, _CHOICE_ROWS), generator) for target in targets]
+    layout = choose_layout(explained_share(targets, pixels, unit.spec.dw_size, norm), unit.spec, unit.groups)
+    unit.take_channels(conv, layout, norm)
+    centred = _running_mean(norm) is not None or conv.bias is not None
+    if refit_primary:
+        _solve_primary(unit, conv, inputs, targets, centred=centred, generator=generator)
+    if unit.spec.placement == "linear":
+        _solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
+        _shift_mean(norm, targets, (unit(x) for x in inputs))
+        return
+    rows = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)].to(targets[0].device)
+    _shift_mean(unit.primary_norm, [y[:, rows] for y in targets], (unit.primary_conv(x) for x in inputs))
+    if unit.spec.fusion == "concat":
+        _solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
+        ghosts = layout[unit.intrinsic_channels :].to(targets[0].device)
+        _shift_mean(unit.cheap_norm, [y[:, ghosts] for y in targets], _cheap_maps(unit, inputs))
+    else:
+        # The branches meet after their norms, so what they make together is the normed map.
+        normed = targets if norm is None else [norm(y) for y in targets]
+        bias = _solve_cheap(unit, inputs, normed, centred=True, generator=generator)
+        _let_pass(unit.cheap_norm, _cheap_maps(unit, inputs), bias)
+
+
+def explained_share(targets: list[Tensor], pixels: list[Tensor], side: int, norm: nn.Module | None) -> Tensor:
+    """How much of each channel's variance a ``side × side`` filter on each other channel explains.
+
+    Channels count as they do after the norm: by the square of its scale.
+
+    Returns:
+        ``(n, n)``, for [choose_layout][ghostify.conversion.choice.choose_layout].
+    """
+    window = Window.depthwise(side)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for target, chosen in zip(targets, pixels, strict=True):
+            for part in in_parts(chosen, target.shape[0] * target.shape[1] * side * side):
+                yield window.patches(target, part).transpose(0, 1), at_pixels(target, part)
+
+    gram, cross = Moments.of(pairs()).centred()
+    explained = (cross * ridge_solve(gram, cross, _CHOICE_RIDGE)).sum(1)
+    centre = side * side // 2
+    variance = gram[:, centre, centre]
+    explained = explained.clamp_min(0).minimum(variance)
+    explained.diagonal().copy_(variance)
+    return explained * channel_weight(norm, len(variance)).to(explained)
+
+
+def channel_weight(norm: nn.Module | None, channels: int) -> Tensor:
+    """Squared factor by which a norm in evaluation mode scales each channel, ``(n,)``; ones without a norm."""
+    return norm_scale(norm, channels).square()
+
+
+def norm_scale(norm: nn.Module | None, channels: int) -> Tensor:
+    """Factor by which a batch norm in evaluation mode scales each channel, ``(n,)``; ones without a norm."""
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        return torch.ones(channels)
+    variance = norm.running_var.double()
+    scale = torch.ones_like(variance) if norm.weight is None else norm.weight.detach().double()
+    return scale / (variance + norm.eps).sqrt()
+
+
+def _solve_primary(
+    unit: GhostConv2d,
+    conv: nn.Conv2d,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    *,
+    centred: bool,
+    generator: torch.Generator,
+) -> None:
+    """Solve the primary's filters on the inputs, near to the old ones where the data say little."""
+    window, groups = Window.of(conv), conv.groups
+    if not _is_plain(conv, window, inputs[0]):
+        return
+    rows_wanted = _CHOICE_ROWS + _PRIMARY_ROWS_PER_UNKNOWN * conv.weight[0].numel()
+    channels = unit.layout()[intrinsic_positions(unit.spec, unit.out_channels, groups)].to(inputs[0].device)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, target in zip(inputs, targets, strict=True):
+            chosen = sample_pixels(target, _share(targets, rows_wanted), generator)
+            for part in in_parts(chosen, x.shape[0] * conv.weight[0].numel() * groups):
+                seen, wanted = window.patches(x, part), at_pixels(target, part)[:, channels]
+                yield _by_group(seen, groups), _by_group(wanted, groups)
+
+    moments = Moments.of(pairs())
+    gram, cross = moments.centred() if centred else moments.plain()
+    primary = unit.primary_conv
+    assert isinstance(primary, nn.Conv2d)  # a copy of conv
+    old = primary.weight.detach().double().view(groups, -1, gram.shape[-1]).transpose(1, 2)
+    new = ridge_solve(gram, cross, _PRIMARY_RIDGE, prior=old)
+    with torch.no_grad():
+        primary.weight.copy_(new.transpose(1, 2).reshape(primary.weight.shape))
+        if primary.bias is not None:
+            predicted = (moments.sum_a.unsqueeze(-2) @ new).squeeze(-2)
+            primary.bias.copy_(((moments.sum_y - predicted) / moments.rows).flatten())
+
+
+def _solve_cheap(
+    unit: GhostConv2d, inputs: list[Tensor], targets: list[Tensor], *, centred: bool, generator: torch.Generator
+) -> Tensor:
+    """Solve every depthwise kernel on the primary map that it reads.
+
+    Returns:
+        The constant of every map, ``(maps,)``, for a norm to add where the operation has no bias itself.
+    """
+    if unit.cheap_operation is None:
+        return torch.zeros(0)
+    side, fusion = unit.spec.dw_size, unit.spec.fusion
+    window = Window.depthwise(side)
+    parents = unit.parents().to(inputs[0].device)
+    layout = unit.layout().to(inputs[0].device)
+    channels = layout[unit.intrinsic_channels :] if fusion == "concat" else layout
+    share = _share(targets, 2 * _CHOICE_ROWS)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, target in zip(inputs, targets, strict=True):
+            primary = unit.primary(x)
+            chosen = sample_pixels(target, share, generator)
+            for part in in_parts(chosen, x.shape[0] * len(parents) * side * side):
+                seen = window.patches(unit.cheap_input(primary), part)[:, parents]  # (rows, maps, d²)
+                wanted = at_pixels(target, part)[:, channels]
+                if fusion != "concat":
+                    parent = at_pixels(primary, part)[:, parents]
+                    if fusion == "add":
+                        wanted = wanted - parent
+                    else:
+                        seen = torch.cat([seen * parent.unsqueeze(2), parent.unsqueeze(2)], dim=2)
+                yield seen.transpose(0, 1), wanted.T.unsqueeze(2)
+
+    moments = Moments.of(pairs())
+    gram, cross = moments.centred() if centred else moments.plain()
+    solved = ridge_solve(gram, cross, _CHEAP_RIDGE)
+    kernels = solved[:, : side * side, 0].view(-1, side, side)
+    if fusion == "mul":
+        bias = solved[:, -1, 0]
+    else:
+        bias = ((moments.sum_y - (moments.sum_a.unsqueeze(-2) @ solved).squeeze(-2)) / moments.rows)[:, 0]
+    unit.cheap_operation.assign(kernels, bias)
+    return torch.zeros_like(bias) if unit.cheap_operation.has_bias else bias
+
+
+def _cheap_maps(unit: GhostConv2d, inputs: list[Tensor]) -> Iterator[Tensor]:
+    """What the cheap operation makes, before its norm."""
+    if unit.cheap_operation is not None:
+        for x in inputs:
+            yield unit.cheap_operation(unit.cheap_input(unit.primary(x)))
+
+
+@torch.no_grad()
+def _shift_mean(norm: nn.Module | None, targets: list[Tensor], made: Iterable[Tensor]) -> None:
+    """Let a norm absorb the mean error that a fit leaves over."""
+    mean = _running_mean(norm)
+    if mean is not None:
+        mean -= (_moments_of(targets)[0] - _moments_of(made)[0]).to(mean)
+
+
+@torch.no_grad()
+def _let_pass(norm: nn.Module | None, maps: Iterable[Tensor], bias: Tensor) -> None:
+    """Set a norm so that it passes its maps on as they are (plus ``bias``), in training mode too."""
+    if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
+        mean, variance = _moments_of(maps)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        if norm.affine:
+            norm.weight.copy_((variance + norm.eps).sqrt())
+            norm.bias.copy_(mean + bias)
+
+
+def _running_mean(norm: nn.Module | None) -> Tensor | None:
+    mean = getattr(norm, "running_mean", None)
+    return mean if isinstance(mean, Tensor) else None
+
+
+def _moments_of(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel over all examples and pixels, ``(n,)`` each."""
+    total = square = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for map_ in maps:
+        total = total + map_.sum((0, 2, 3), dtype=torch.float64)
+        square = square + map_.square().sum((0, 2, 3), dtype=torch.float64)
+        count += map_.numel() // map_.shape[1]
+    mean = total / count
+    return mean, (square / count - mean.square()).clamp_min(0)
+
+
+def _is_plain(conv: nn.Conv2d, window: Window, x: Tensor) -> bool:
+    """Whether the module computes a convolution with its weight and nothing more (checked on real input)."""
+    some = x[:1]
+    made = conv(some)
+    size = window.size_after(some.shape[2], some.shape[3])
+    if made.shape[2:] != size:
+        return False
+    pixels = torch.arange(0, size[0] * size[1], max(1, size[0] * size[1] // 64), device=x.device)
+    patches = _by_group(window.patches(some, pixels), conv.groups)
+    weight = conv.weight.detach().view(conv.groups, -1, patches.shape[-1])
+    expected = (patches @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+    if conv.bias is not None:
+        expected = expected + conv.bias.detach()
+    actual = at_pixels(made, pixels)
+    return torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * float(actual.abs().max()))
+
+
+def _by_group(samples: Tensor, groups: int) -> Tensor:
+    """``(rows, groups·c, …)`` as ``(groups, rows, c·…)``."""
+    return samples.reshape(samples.shape[0], groups, -1).transpose(0, 1)
+
+
+def _share(targets: list[Tensor], rows: int) -> float:
+    """The share of all pixels that gives about so many samples."""
+    return rows / sum(target.numel() // target.shape[1] for target in targets)

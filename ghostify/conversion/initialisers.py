@@ -1,0 +1,188 @@
+"""How the Ghost units of a converted model start.
+
+An initialiser is a plain function of a [Conversion][ghostify.conversion.Conversion] that changes
+the student in place. ``INITIALISERS`` holds those that have a name; a function of one's own does as well.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.conversion.fitting import channel_weight, fit_unit, norm_scale
+from ghostify.conversion.walk import Visit, walk_calls, walk_graph
+from ghostify.conversion.white_noise import solve_kernels, white_explained
+from ghostify.nn.ghost import GhostConv2d
+from ghostify.spec import Decision, Plan
+from ghostify.tracing import Example, Trace, evaluating
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What an initialiser gets.
+
+    Attributes:
+        plan: The plan.
+        facts: The teacher with all that is known of it; the teacher must not be changed.
+        student: The converted model, in evaluation mode; its Ghost units are to be started.
+        chunks: Calibration inputs, on the model's device; empty if there are none.
+        seed: Seed of everything that is random.
+    """
+
+    plan: Plan
+    facts: Trace
+    student: nn.Module
+    chunks: list[Example]
+    seed: int
+
+    @property
+    def decisions(self) -> dict[str, Decision]:
+        """The replaced sites by name, in order of execution."""
+        return {decision.site.name: decision for decision in self.plan.replaced}
+
+    def unit(self, decision: Decision) -> GhostConv2d:
+        """The student's Ghost unit at a site."""
+        return cast(GhostConv2d, self.student.get_submodule(decision.site.name))
+
+    def original(self, decision: Decision) -> nn.Conv2d:
+        """The teacher's convolution at a site."""
+        return cast(nn.Conv2d, self.facts.model.get_submodule(decision.site.name))
+
+    def norm(self, decision: Decision) -> nn.Module | None:
+        """The batch norm after a site: the student's own, or the teacher's where the unit holds the norms."""
+        chain = decision.site.chain
+        if chain is None or chain.norm is None:
+            return None
+        owner = self.facts.model if decision.spec and decision.spec.placement == "paper" else self.student
+        return owner.get_submodule(chain.norm)
+
+
+Initialiser = Callable[[Conversion], None]
+
+# A norm's squared scale below this share of the mean counts as nearly muting its channel.
+_MUTED = 0.01
+# Bytes for activations during calibration, and how many maps of the largest size live at one time:
+# about three in a residual block (input, shortcut, output), for teacher and student.
+_MEMORY = 2 * 2**30
+_LIVE_MAPS = 6
+
+
+def random(conversion: Conversion) -> None:
+    """Fresh random weights in every Ghost unit, channels in their natural order; no other layer changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(conversion.seed)
+        for decision in conversion.plan.replaced:
+            unit = conversion.unit(decision)
+            gate = unit.spec.fusion == "mul"  # a gate starts as the identity, not at random
+            for module in [unit.primary_conv, *([] if gate else unit.modules())]:
+                if isinstance(module, nn.Conv2d):
+                    module.reset_parameters()
+            unit.set_order(torch.arange(unit.out_channels))
+
+
+def first(conversion: Conversion) -> None:
+    """The first filters of every layer (of every group) as they are; cheap kernels at random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(conversion.seed)
+        for decision in conversion.plan.replaced:
+            unit = conversion.unit(decision)
+            if unit.spec.fusion != "mul" and unit.cheap_operation is not None:
+                for module in unit.cheap_operation.children():
+                    cast(nn.Conv2d, module).reset_parameters()
+
+
+def weights(conversion: Conversion) -> None:
+    """Chosen filters and least-squares kernels from the weights alone, without data.
+
+    The input is taken for white noise, so that the filters' own correlations say how well a ghost
+    follows its parent. What is known from a batch norm (how much a channel counts, its mean) is used.
+    """
+    for decision in conversion.plan.replaced:
+        unit, conv, norm = conversion.unit(decision), conversion.original(decision), conversion.norm(decision)
+        solve_kernels(unit, conv, norm, white_explained(conv, channel_weight(norm, conv.out_channels)))
+
+
+def least_squares(conversion: Conversion) -> None:
+    """Chosen filters; cheap kernels solved for each layer alone, on the teacher's own activations."""
+    for visit in _visits(conversion, student=conversion.facts.model):
+        _fit(conversion, visit, refit_primary=False)
+
+
+def sequential(conversion: Conversion) -> None:
+    """Layer by layer in order, on the activations that the converted layers before really give.
+
+    Asymmetric: inputs are the student's, targets the teacher's, so that a layer makes up for what
+    the ones before it have lost (the primary is solved again, not only chosen). A layer that closes
+    a residual block also makes up for the drift of the shortcut.
+    """
+    for visit in _visits(conversion, student=conversion.student):
+        _fit(conversion, visit, refit_primary=True)
+
+
+INITIALISERS: dict[str, Initialiser] = {
+    "random": random,
+    "first": first,
+    "weights": weights,
+    "least-squares": least_squares,
+    "sequential": sequential,
+}
+NEED_CALIBRATION = frozenset({"least-squares", "sequential"})
+
+
+def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
+    facts = conversion.facts
+    chunks = _within_memory(conversion.chunks, conversion.plan)
+    with evaluating(facts.model), torch.no_grad():
+        if facts.graph is not None:
+            yield from walk_graph(facts.graph, facts.model, student, conversion.decisions, chunks)
+        else:
+            yield from walk_calls(facts.model, student, conversion.decisions, chunks)
+
+
+def _within_memory(chunks: list[Example], plan: Plan) -> list[Example]:
+    """As many chunks as leave the activations that live at one time within ``_MEMORY``; says so if some are left out."""
+    largest = max(math.prod(call.output_shape) * call.rows for decision in plan for call in decision.site.calls)
+    most = _MEMORY / (largest * 4 * _LIVE_MAPS)
+    total, kept = 0, []
+    for chunk in chunks:
+        if kept and total + chunk.batch > most:
+            warnings.warn(
+                f"Calibration uses {total} of {sum(c.batch for c in chunks)} inputs, so that the activations of both "
+                f"models stay within {_MEMORY // 2**30} GiB.",
+                stacklevel=2,
+            )
+            break
+        kept.append(chunk)
+        total += chunk.batch
+    return kept
+
+
+def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> None:
+    decision = visit.decision
+    norm = conversion.norm(decision)
+    targets = visit.targets
+    if visit.drift is not None:
+        factor = _through_norm(norm, decision.site.out_channels).to(targets[0])
+        targets = [y + d * factor[:, None, None] for y, d in zip(targets, visit.drift, strict=True)]
+    fit_unit(
+        conversion.unit(decision),
+        conversion.original(decision),
+        norm,
+        inputs=visit.inputs,
+        targets=targets,
+        refit_primary=refit_primary,
+        generator=torch.Generator().manual_seed(conversion.seed),
+    )
+
+
+def _through_norm(norm: nn.Module | None, channels: int) -> Tensor:
+    """What to add before a norm so that 1 is added after it, ``(n,)``; little where the norm nearly mutes a channel."""
+    scale = norm_scale(norm, channels)
+    floor = _MUTED * scale.square().mean()
+    return scale / (scale.square() + floor)

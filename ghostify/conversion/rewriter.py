@@ -1,0 +1,201 @@
+"""Carrying out a plan: a copy of the model, of the caller's own class, with Ghost units in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.conversion.calibration import Calibration, calibration_chunks
+from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
+from ghostify.conversion.verification import verify
+from ghostify.errors import OptionError, PlanMismatchError
+from ghostify.nn.ghost import GhostConv2d
+from ghostify.planning import Override, chosen_spec, override_specs, plan_traced
+from ghostify.spec import Decision, GhostSpec, Plan
+from ghostify.tracing import Example, ExampleInputs, Trace, evaluating, fingerprint, trace
+from ghostify.tracing.graph import FUNCTIONS
+
+
+def convert(
+    model: nn.Module,
+    *,
+    ratio: float | None = None,
+    example_inputs: ExampleInputs | None = None,
+    spec: GhostSpec | None = None,
+    skip: str | Sequence[str] = (),
+    overrides: Mapping[str, Override] | None = None,
+    calibration: Calibration | None = None,
+    initialiser: str | Initialiser | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Plan and apply in one go: see [plan][ghostify.plan] and [apply][ghostify.apply] for the arguments.
+
+    Returns:
+        A converted copy of the caller's own class; ``model`` is left as it was.
+
+    Example:
+        >>> from ghostify.nn.cifar import resnet20
+        >>> small = convert(resnet20(), ratio=2, example_inputs=torch.zeros(1, 3, 32, 32))
+        >>> type(small).__name__, type(small.layer1[0].conv1).__name__
+        ('CifarResNet', 'GhostConv2d')
+    """
+    default = chosen_spec(ratio, spec)
+    start = _chosen_initialiser(initialiser, calibration)
+    chunks = calibration_chunks(calibration, model)
+    facts = trace(model, chunks[0] if example_inputs is None and chunks else example_inputs)
+    skipped = [skip] if isinstance(skip, str) else list(skip)
+    plan = plan_traced(facts, default, skipped, override_specs(overrides, default))
+    return _apply(plan, facts, chunks, start, seed)
+
+
+def apply(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    calibration: Calibration | None = None,
+    initialiser: str | Initialiser | None = None,
+    example_inputs: ExampleInputs | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Carry out a plan on a model.
+
+    The new layers start from the old weights. With calibration inputs they are solved layer by
+    layer on real activations; without, from the weights alone.
+
+    Args:
+        plan: Made for this very model, or one of the same structure.
+        model: The trained network; it is left as it was.
+        calibration: A few hundred inputs from the training data, no labels needed: a tensor
+            ``(n, c, h, w)``, or any iterable of batches or of ``(input, target)`` pairs.
+        initialiser: A name out of ``random``, ``first``, ``weights``, ``least-squares``,
+            ``sequential``, or a function of a [Conversion][ghostify.conversion.Conversion]. By
+            default ``sequential`` with calibration, ``weights`` without.
+        example_inputs: One batch to verify the result on; by default a calibration batch, or
+            random numbers of the shapes for which the plan was made.
+        seed: Seed of everything that is random.
+
+    Returns:
+        A converted copy of the caller's own class; its plan is its attribute ``ghostify_plan``.
+
+    Raises:
+        PlanMismatchError: The plan was made for another model.
+        OptionError: The initialiser is unknown, or needs calibration and there is none.
+        InputsError: The calibration data are empty or do not fit.
+        ConversionError: The result does not do what the plan promised.
+    """
+    check_fits(plan, model)
+    start = _chosen_initialiser(initialiser, calibration)
+    chunks = calibration_chunks(calibration, model)
+    known_inputs = chunks[0] if chunks else _made_up(plan, seed)
+    facts = trace(model, known_inputs if example_inputs is None else example_inputs)
+    known = {site.name: site for site in facts.sites}
+    for decision in plan.replaced:
+        if known[decision.site.name].obstacle:
+            raise PlanMismatchError(
+                f"site={decision.site.name!r} cannot be replaced in this model: {known[decision.site.name].obstacle}. "
+                "Make a new plan for it."
+            )
+    return _apply(plan, facts, chunks, start, seed)
+
+
+def rebuild(plan: Plan, base: nn.Module) -> nn.Module:
+    """The structure that a plan describes, with weights that are still to be loaded.
+
+    Args:
+        plan: The plan.
+        base: A model of the structure for which the plan was made; left as it was.
+
+    Raises:
+        PlanMismatchError: The plan was made for another model.
+    """
+    check_fits(plan, base)
+    return _copy_with_units(base, plan.replaced, plan)
+
+
+def check_fits(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanMismatchError unless the plan was made for a model of this structure."""
+    modules = dict(model.named_modules())
+    for decision in plan.decisions:
+        site, module = decision.site, modules.get(decision.site.name)
+        shape = (getattr(module, "in_channels", None), getattr(module, "out_channels", None))
+        if shape != (site.in_channels, site.out_channels):
+            found = "there is no such module" if module is None else f"there it is {module}"
+            raise PlanMismatchError(
+                f"The plan was made for another model: site={site.name!r} is {site.shape} in the plan ({plan.model}); "
+                f"in this {type(model).__name__} {found}. Make a plan for this model."
+            )
+    if fingerprint(model) != plan.fingerprint:
+        raise PlanMismatchError(
+            f"The plan was made for another model: its {plan.model} has the same convolutions, but other parameters or "
+            f"buffers than this {type(model).__name__}. Make a plan for this model."
+        )
+
+
+def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, seed: int) -> nn.Module:
+    student = _copy_with_units(facts.model, plan.replaced, plan)
+    with evaluating(student):
+        start(Conversion(plan, facts, student, chunks, seed))
+    for decision in plan.replaced:
+        # Modules that the initialiser made anew know only the evaluation mode of the moment.
+        mode = facts.model.get_submodule(decision.site.name).training
+        student.get_submodule(decision.site.name).train(mode)
+    verify(student, plan, facts)
+    return student
+
+
+def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan) -> nn.Module:
+    """Deep-copy a model, with Ghost units where the decisions say so.
+
+    The units are put into the copier's memo under their convolutions' identity: every alias finds
+    them, and the replaced weights are never copied.
+    """
+    memo: dict[int, object] = {}
+    for decision in decisions:
+        conv = model.get_submodule(decision.site.name)
+        assert isinstance(conv, nn.Conv2d)  # the rules replace nothing else
+        assert decision.spec is not None  # it is a replaced one
+        chain = decision.site.chain
+        inside = decision.spec.placement == "paper" and chain is not None
+        norm = model.get_submodule(chain.norm) if inside and chain is not None and chain.norm else None
+        activation = _activation(chain.activation, model) if inside and chain is not None else None
+        unit = GhostConv2d.from_conv(conv, decision.spec, norm=norm, activation=activation)
+        memo[id(conv)] = unit
+        if norm is not None:
+            memo[id(norm)] = nn.Identity().train(norm.training)
+    student = copy.deepcopy(model, memo)
+    student.ghostify_plan = plan  # type: ignore[assignment]
+    return student
+
+
+def _activation(name: str | None, model: nn.Module) -> nn.Module | None:
+    """A copy of the activation that a chain names, never in place: the primary map is read again."""
+    if name is None:
+        return None
+    kind, _, target = name.partition(":")
+    activation = FUNCTIONS[target]() if kind == "function" else copy.deepcopy(model.get_submodule(target))
+    if hasattr(activation, "inplace"):
+        setattr(activation, "inplace", False)  # noqa: B010 - not an attribute of every module
+    return activation
+
+
+def _chosen_initialiser(chosen: str | Initialiser | None, calibration: Calibration | None) -> Initialiser:
+    if chosen is None:
+        chosen = "weights" if calibration is None else "sequential"
+    if callable(chosen):
+        return chosen
+    if chosen not in INITIALISERS:
+        raise OptionError(f"initialiser={chosen!r} is unknown. Use one of {', '.join(INITIALISERS)}, or a function.")
+    if chosen in NEED_CALIBRATION and calibration is None:
+        raise OptionError(
+            f"initialiser={chosen!r} needs calibration inputs. Pass calibration=images (a few hundred, no labels), "
+            "or use initialiser='weights'."
+        )
+    return INITIALISERS[chosen]
+
+
+def _made_up(plan: Plan, seed: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator) for shape in plan.input_shapes)

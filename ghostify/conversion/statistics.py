@@ -1,0 +1,182 @@
+"""Second moments at a site, accumulated chunk by chunk, and the least-squares problems that they solve.
+
+Products are taken in float32, sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LARGEST_PART = 64_000_000
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which input pixels an output pixel of a convolution sees.
+
+    Attributes:
+        kernel: Side lengths ``(h, w)``.
+        stride: Steps ``(h, w)``.
+        dilation: Distances of the taps ``(h, w)``.
+        pads: Pixels before and after: ``(left, right, top, bottom)``, as ``F.pad`` takes them.
+        mode: Padding mode as in ``nn.Conv2d``.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mode: str = "zeros"
+
+    @staticmethod
+    def of(conv: nn.Conv2d) -> Window:
+        """The window of a plain convolution."""
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        return Window(
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            (conv.stride[0], conv.stride[1]),
+            (conv.dilation[0], conv.dilation[1]),
+            (left, right, top, bottom),
+            conv.padding_mode,
+        )
+
+    @staticmethod
+    def depthwise(side: int) -> Window:
+        """The window of a cheap operation with kernels of the given side."""
+        half = side // 2
+        return Window((side, side), pads=(half, half, half, half))
+
+    def size_after(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        left, right, top, bottom = self.pads
+        sides = (height + top + bottom, width + left + right)
+        h, w = (
+            (side - dilation * (kernel - 1) - 1) // stride + 1
+            for side, dilation, kernel, stride in zip(sides, self.dilation, self.kernel, self.stride, strict=True)
+        )
+        return h, w
+
+    def patches(self, x: Tensor, pixels: Tensor) -> Tensor:
+        """What the given output pixels see.
+
+        Args:
+            x: ``(b, c, h, w)``.
+            pixels: Flat indices of output pixels, ``(p,)``.
+
+        Returns:
+            ``(b·p, c, k)`` with the ``k`` taps in the order of a flattened kernel.
+        """
+        width_out = self.size_after(x.shape[2], x.shape[3])[1]
+        mode = "constant" if self.mode == "zeros" else self.mode
+        padded = F.pad(x, self.pads, mode=mode) if any(self.pads) else x
+        width = padded.shape[3]
+        rows = torch.arange(self.kernel[0], device=x.device) * self.dilation[0]
+        columns = torch.arange(self.kernel[1], device=x.device) * self.dilation[1]
+        taps = (rows[:, None] * width + columns).flatten()
+        corners = (pixels // width_out) * self.stride[0] * width + (pixels % width_out) * self.stride[1]
+        index = (corners[:, None] + taps).flatten()
+        gathered = padded.flatten(2).index_select(2, index)
+        b, c = x.shape[:2]
+        return gathered.view(b, c, len(pixels), len(taps)).transpose(1, 2).reshape(b * len(pixels), c, len(taps))
+
+
+def at_pixels(maps: Tensor, pixels: Tensor) -> Tensor:
+    """The values of maps ``(b, n, h, w)`` at flat pixel indices ``(p,)``, as ``(b·p, n)``."""
+    return maps.flatten(2).index_select(2, pixels).transpose(1, 2).flatten(0, 1)
+
+
+def in_parts(pixels: Tensor, numbers_per_pixel: int) -> Iterator[Tensor]:
+    """Pixel indices in parts, so that the patches of a part hold at most 64 million numbers (256 MB)."""
+    limit = max(1, _LARGEST_PART // numbers_per_pixel)
+    for start in range(0, len(pixels), limit):
+        yield pixels[start : start + limit]
+
+
+def sample_pixels(maps: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Flat indices of some pixels of maps ``(b, n, h, w)``; at least one, all of them if ``share ≥ 1``."""
+    total = maps.shape[2] * maps.shape[3]
+    count = min(total, max(1, round(total * share)))
+    chosen = torch.randperm(total, generator=generator)[:count].sort().values
+    return chosen.to(maps.device)
+
+
+@dataclass
+class Moments:
+    """Sums over samples of features ``A`` ``(rows, p)`` and targets ``Y`` ``(rows, t)``, in float64.
+
+    Attributes:
+        rows: Samples seen.
+        gram: ``Aᵀ A``, ``(p, p)``.
+        cross: ``Aᵀ Y``, ``(p, t)``.
+        sum_a: Sum of features ``(p,)``.
+        sum_y: Sum of targets ``(t,)``.
+    """
+
+    rows: int
+    gram: Tensor
+    cross: Tensor
+    sum_a: Tensor
+    sum_y: Tensor
+
+    @staticmethod
+    def of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+        """Accumulate pairs of ``(rows, p)`` and ``(rows, t)``, or of batches of them ``(k, rows, ·)``."""
+        total: Moments | None = None
+        for features, wanted in pairs:
+            a, y = features.float(), wanted.float()
+            transposed = a.transpose(-2, -1)
+            part = Moments(
+                a.shape[-2],
+                (transposed @ a).double(),
+                (transposed @ y).double(),
+                a.sum(-2, dtype=torch.float64),
+                y.sum(-2, dtype=torch.float64),
+            )
+            total = part if total is None else total + part
+        assert total is not None  # callers hold at least one chunk
+        return total
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.rows + other.rows,
+            self.gram.add_(other.gram),
+            self.cross.add_(other.cross),
+            self.sum_a + other.sum_a,
+            self.sum_y + other.sum_y,
+        )
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Covariances: ``gram`` and ``cross`` per sample, with the means taken out."""
+        mean_a, mean_y = self.sum_a / self.rows, self.sum_y / self.rows
+        gram = self.gram / self.rows - mean_a.unsqueeze(-1) * mean_a.unsqueeze(-2)
+        cross = self.cross / self.rows - mean_a.unsqueeze(-1) * mean_y.unsqueeze(-2)
+        return gram, cross
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """``gram`` and ``cross`` per sample, with the means left in."""
+        return self.gram / self.rows, self.cross / self.rows
+
+
+def ridge_solve(gram: Tensor, cross: Tensor, ridge: float, prior: Tensor | None = None) -> Tensor:
+    """Minimise ``‖A x − Y‖² + λ‖x − prior‖²``, with ``λ`` the given share of the mean of ``gram``'s diagonal.
+
+    Args:
+        gram: ``(…, p, p)``.
+        cross: ``(…, p, t)``.
+        ridge: Share, > 0.
+        prior: ``(…, p, t)``, zero by default.
+
+    Returns:
+        ``(…, p, t)``.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    strength = ridge * diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    damped = gram + torch.diag_embed(strength.expand_as(diagonal))
+    right = cross if prior is None else cross + strength.unsqueeze(-1) * prior
+    solved: Tensor = torch.linalg.solve(damped, right)
+    return solved

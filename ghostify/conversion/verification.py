@@ -1,0 +1,112 @@
+"""What is checked after every conversion, by running it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ghostify.errors import ConversionError, TraceError
+from ghostify.spec import Plan
+from ghostify.tracing import Trace
+
+
+def verify(student: nn.Module, plan: Plan, facts: Trace) -> None:
+    """Check a converted model on the example inputs of its trace.
+
+    Every Ghost unit is called as often, and gives maps of the same shape and type, as its
+    convolution did; so do the outputs; and a stand-in that only passes calls on to the original
+    convolutions, put into the same places, gives the original's outputs exactly.
+
+    Args:
+        student: The converted model.
+        plan: What was promised.
+        facts: The original and what it computed.
+
+    Raises:
+        ConversionError: One of these does not hold.
+    """
+    expected = {d.site.name: [call.output_shape for call in d.site.calls] for d in plan.replaced}
+    made, outputs = _run_recorded(student, facts, list(expected))
+    for name, shapes in expected.items():
+        if made[name] != shapes:
+            raise ConversionError(
+                f"site={name!r} gives maps of shape {made[name]} after conversion, and {shapes} before. "
+                f"Keep it (skip={name!r}), and please report the model."
+            )
+    _compare_structure(outputs, facts.outputs)
+    _check_places(plan, facts)
+
+
+def _run_recorded(student: nn.Module, facts: Trace, names: list[str]) -> tuple[dict[str, list[tuple[int, ...]]], Any]:
+    """Run the student; the shapes that the named modules make, without the batch dimension, and the outputs."""
+    made: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+    handles = []
+    for name in names:
+
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            made[name].append(tuple(output.shape[-3:]))
+
+        handles.append(student.get_submodule(name).register_forward_hook(record))
+    try:
+        outputs = facts.example.run(student)
+    except TraceError as error:
+        raise ConversionError(
+            f"The converted {type(student).__name__} does not run, and the original does: {error} "
+            "It probably uses a convolution in another way than by calling it; keep that one with skip=..."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return made, outputs
+
+
+def _compare_structure(outputs: Any, originals: Any) -> None:
+    leaves, structure = tree_flatten(outputs)
+    original_leaves, original_structure = tree_flatten(originals)
+    if structure != original_structure:
+        raise ConversionError(f"The converted model returns {structure}, the original {original_structure}.")
+    for leaf, original in zip(leaves, original_leaves, strict=True):
+        if not isinstance(original, Tensor):
+            continue
+        if leaf.shape != original.shape or leaf.dtype != original.dtype:
+            raise ConversionError(
+                f"The converted model returns {leaf.dtype} of shape {tuple(leaf.shape)}, "
+                f"the original {original.dtype} of shape {tuple(original.shape)}."
+            )
+        if torch.isfinite(original).all() and not torch.isfinite(leaf).all():
+            raise ConversionError(
+                "The converted model returns NaN or infinite numbers where the original does not. "
+                "Convert at a lower ratio, or without calibration, and please report the model."
+            )
+
+
+class _PassOn(nn.Module):
+    """Calls a module that is not its child, so a copy of it still calls that very module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._modules_passed_to = (module,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules_passed_to[0](*args, **kwargs)
+
+
+def _check_places(plan: Plan, facts: Trace) -> None:
+    """Put stand-ins at all sites of a structural copy, and compare its outputs with the original's."""
+    model = facts.model
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for decision in plan.replaced:
+        module = model.get_submodule(decision.site.name)
+        shared[id(module)] = _PassOn(module)
+    outputs = facts.example.run(copy.deepcopy(model, shared))
+    for leaf, original in zip(tree_flatten(outputs)[0], tree_flatten(facts.outputs)[0], strict=True):
+        if isinstance(original, Tensor) and not torch.allclose(leaf, original, rtol=1e-4, atol=1e-5, equal_nan=True):
+            raise ConversionError(
+                "With stand-ins that compute what the original convolutions compute, the copied model gives other "
+                f"outputs than the original (largest difference {float((leaf - original).abs().max()):.3g}). It is not "
+                "deterministic in evaluation mode, or reaches a convolution in another way than by its name."
+            )

@@ -1,0 +1,200 @@
+"""Writing a model as ONNX, and only keeping the file if onnxruntime computes what the model computes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ghostify.deployment.manifest import ghostify_version
+from ghostify.deployment.parity import ExportCheck, compare_in_onnxruntime, has_batch, named_outputs, with_batch
+from ghostify.errors import ExportError, OptionError
+from ghostify.extras import require
+from ghostify.files import atomic_file
+from ghostify.spec import Plan
+from ghostify.tracing.example import Example, ExampleInputs, evaluating
+
+# A protocol buffer cannot be larger, and the weights are kept inside the one file.
+_MAX_BYTES = 2**31 - 1
+_NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: ExampleInputs,
+    batch_sizes: Sequence[int] = (1, 2, 5),
+    tolerance: float = 1e-3,
+    opset: int | None = None,
+) -> ExportCheck:
+    """Write a model as one ONNX file with a dynamic batch, checked against the model in onnxruntime.
+
+    What is exported is a float32 copy on the CPU, in evaluation mode; the model is left as found.
+    Weights or inputs in channels_last make the same file as others. A float32 model on the CPU is itself the reference of the comparison; one in half
+    precision or elsewhere is represented by that copy, so that its own rounding does not count.
+    The file appears under its name only after the comparison.
+
+    Args:
+        model: Any model that ``torch.export`` can read, converted or not.
+        path: The file to write.
+        example_inputs: A tensor ``(n, c, h, w)``, a tuple of positional arguments, or a dict of
+            keyword arguments. Every tensor whose first dimension is ``n`` gets a dynamic batch.
+        batch_sizes: Batches of random inputs to compare on, beside the example itself.
+        tolerance: Largest difference allowed, as a share of the largest value of that output.
+        opset: Version of the operator set; by default the exporter's.
+
+    Returns:
+        Sizes, operators and errors.
+
+    Raises:
+        ExportError: The model cannot be exported, or the file computes something else; nothing is
+            left under ``path`` then.
+        InputsError: There are no usable example inputs.
+        OptionError: ``batch_sizes`` or ``tolerance`` is out of range.
+        MissingExtraError: The extra ``onnx`` is not installed.
+        OutputError: The file cannot be written.
+    """
+    _check_options(batch_sizes, tolerance)
+    onnx = require("onnx", extra="onnx")
+    require("onnxscript", extra="onnx")
+    runtime = require("onnxruntime", extra="onnx")
+    plain = _plain_copy(model)
+    example = Example.of(example_inputs).to(plain)
+    example.run(plain)  # whatever is wrong with the inputs is said here, not from inside the exporter
+    # In the order of the signature: the exporter mixes up arguments that are given by name in another one.
+    bound = inspect.signature(plain.forward).bind(*example.args, **example.kwargs)
+    example = Example(bound.args, bound.kwargs)
+    proto = _to_proto(plain, example, opset, type(model).__name__)
+    _describe(proto, model)
+    reference = model if _is_float32_cpu(model) else plain
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString())
+        _check_file(onnx, temporary)
+        batches = compare_in_onnxruntime(runtime, temporary, reference, example, batch_sizes)
+        check = ExportCheck(
+            path=Path(path),
+            bytes=temporary.stat().st_size,
+            opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+            tolerance=tolerance,
+            batches=batches,
+            ops=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
+        )
+        if not check.relative <= tolerance:
+            raise ExportError(
+                f"path={str(path)!r} is not written: onnxruntime and {type(model).__name__} part by "
+                f"{check.relative:.3g} of the largest output, more than tolerance={tolerance:g}.\n{check.table()}\n"
+                "Try another opset, or raise the tolerance if the model is chaotic by nature."
+            )
+    return check
+
+
+def _check_options(batch_sizes: Sequence[int], tolerance: float) -> None:
+    if not batch_sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batch_sizes):
+        raise OptionError(f"batch_sizes={batch_sizes!r} must be whole numbers ≥ 1, such as (1, 2, 5).")
+    if not 0 < tolerance < 1:
+        raise OptionError(f"tolerance={tolerance!r} is a share of the largest output: use a number like 1e-3.")
+
+
+def _plain_copy(model: nn.Module) -> nn.Module:
+    plain = copy.deepcopy(model).cpu().float()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*plain.parameters(), *plain.buffers()))
+    if size > _MAX_BYTES:
+        raise ExportError(
+            f"{type(model).__name__} has {size:,} bytes of weights: one ONNX file holds at most {_MAX_BYTES:,}. "
+            "Convert it with a higher ratio."
+        )
+    return plain
+
+
+def _is_float32_cpu(model: nn.Module) -> bool:
+    tensors = [*model.parameters(), *model.buffers()]
+    return all(t.device.type == "cpu" and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors)
+
+
+def _to_proto(plain: nn.Module, example: Example, opset: int | None, name: str) -> Any:
+    # torch.export takes a dimension of 1 for a constant.
+    batch = max(example.batch, 2)
+    traced = with_batch(example, batch)
+    dimension = torch.export.Dim("batch")
+
+    def dynamic(leaf: Any) -> dict[int, Any] | None:
+        return {0: dimension} if has_batch(leaf, batch) else None
+
+    by_parameter = inspect.signature(plain.forward).bind(*traced.args, **traced.kwargs).arguments
+    try:
+        with evaluating(plain), torch.no_grad(), torch.random.fork_rng(devices=[]), _quiet():
+            outputs = named_outputs(plain(*traced.args, **traced.kwargs))
+            program = torch.onnx.export(
+                plain,
+                traced.args,
+                kwargs=traced.kwargs,
+                dynamo=True,
+                dynamic_shapes=tree_map(dynamic, dict(by_parameter)),
+                output_names=list(outputs),
+                opset_version=opset,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's errors have no common class that is public
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        first = next((line.strip() for line in str(cause).splitlines() if line.strip()), repr(cause))
+        raise ExportError(
+            f"{name} cannot be exported with a dynamic batch (opset={opset or 'default'}): {type(cause).__name__}: "
+            f"{first} Usually its forward depends on values or on one batch size; the cause above says where."
+        ) from error
+    return program.model_proto  # type: ignore[union-attr]  # None only from the exporter of old
+
+
+def _describe(proto: Any, model: nn.Module) -> None:
+    """Say who wrote the file; drop the exporter's notes, which hold paths and source lines of this machine."""
+    graphs = [proto.graph, *proto.functions]
+    for graph in graphs:
+        parts = [*graph.node, *graph.value_info]
+        if graph is proto.graph:
+            parts += [*graph.input, *graph.output, *graph.initializer]
+        for part in (graph, *parts):
+            del part.metadata_props[:]
+            part.doc_string = ""
+    plan = getattr(model, "ghostify_plan", None)
+    properties = {"ghostify.version": ghostify_version(), "ghostify.model": type(model).__name__}
+    if isinstance(plan, Plan):
+        properties["ghostify.base_fingerprint"] = plan.fingerprint
+    for key, value in properties.items():
+        proto.metadata_props.add(key=key, value=value)
+
+
+def _check_file(onnx: Any, file: Path) -> None:
+    try:
+        onnx.checker.check_model(file, full_check=True)  # with shape inference
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"The exporter wrote invalid ONNX: {error}. Try another opset.") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and progress notes from the user; its errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

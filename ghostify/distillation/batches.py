@@ -1,0 +1,142 @@
+"""Reading what a caller gives as data: any iterable of ``(input, target)`` or of inputs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostify.errors import InputsError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, where the models are.
+
+    Attributes:
+        inputs: ``(n, ...)``, floating-point ones in the models' dtype.
+        labels: Class ids ``(n, ...)`` as int64, or ``None``.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What it takes to read a batch for a pair of models.
+
+    Attributes:
+        device: Where the models are.
+        dtype: Of the models' parameters.
+        channels_last: Give 4-d inputs in that memory format.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    channels_last: bool
+
+    def read(self, batch: Any, name: str) -> Batch:
+        """Take a batch apart and move it to the models.
+
+        Args:
+            batch: A tensor; ``(input,)``; or ``(input, target)``. Targets that are not tensors of whole
+                numbers (boxes, captions) are no labels, and are left alone.
+            name: ``data`` or ``val``, for messages.
+
+        Raises:
+            InputsError: It is none of these, or is empty.
+        """
+        parts = list(batch) if isinstance(batch, tuple | list) else [batch]
+        if not 1 <= len(parts) <= 2 or not isinstance(parts[0], Tensor) or parts[0].dim() == 0:
+            raise InputsError(
+                f"{name} yields {_described(batch)}; a batch must be a tensor (n, ...) or a pair (input, target). "
+                "Give the loader a collate_fn that makes one."
+            )
+        inputs, target = parts[0], parts[1] if len(parts) == 2 else None
+        if inputs.shape[0] == 0:
+            raise InputsError(f"{name} yields an input of shape {tuple(inputs.shape)}: a batch without examples.")
+        labels = None
+        if isinstance(target, Tensor) and not target.is_floating_point() and not target.is_complex():
+            labels = target.to(self.device, torch.int64, non_blocking=True)
+        return Batch(self._moved(inputs), labels)
+
+    def _moved(self, inputs: Tensor) -> Tensor:
+        dtype = self.dtype if inputs.is_floating_point() else inputs.dtype
+        if self.channels_last and inputs.dim() == 4:
+            return inputs.to(self.device, dtype, non_blocking=True, memory_format=torch.channels_last)
+        return inputs.to(self.device, dtype, non_blocking=True)
+
+
+def check_labels(labels: Tensor, logits: Tensor, name: str) -> None:
+    """See that labels are class ids that fit the class scores.
+
+    Args:
+        labels: ``(n, ...)``.
+        logits: ``(n, classes, ...)``.
+        name: ``data`` or ``val``, for messages.
+
+    Raises:
+        InputsError: Another shape, or an id outside ``0 … classes - 1``.
+    """
+    expected = (logits.shape[0], *logits.shape[2:])
+    if tuple(labels.shape) != expected:
+        raise InputsError(
+            f"{name} yields labels of shape {tuple(labels.shape)} for class scores of shape {tuple(logits.shape)}; "
+            f"class ids of shape {expected} are expected. Give class ids, or the inputs alone."
+        )
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= logits.shape[1]:
+        raise InputsError(
+            f"{name} yields labels from {lowest} to {highest}, and the models tell {logits.shape[1]} classes apart "
+            f"(0 to {logits.shape[1] - 1}). Renumber the labels, or give the inputs alone."
+        )
+
+
+def count_batches(data: Iterable[Any], name: str) -> int:
+    """How many batches one pass over the data has; data without a length is gone through once to count.
+
+    Args:
+        data: What ``distill`` was given.
+        name: ``data`` or ``val``, for messages.
+
+    Raises:
+        InputsError: It cannot be iterated, can be iterated once only, or is empty.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise InputsError(
+            f"{name} is {_described(data)}; it must be an iterable of batches. "
+            "Pass a DataLoader, ImageBatches, or a list such as [(images, labels)]."
+        )
+    if isinstance(data, Iterator):
+        raise InputsError(
+            f"{name} is a {type(data).__name__}, which is used up after one pass, and it is gone through every epoch. "
+            "Pass something that can be iterated anew: a DataLoader, ImageBatches, or list(...)."
+        )
+    count = _length(data)
+    if count is None:
+        count = sum(1 for _ in data)
+    if count == 0:
+        raise InputsError(f"{name} is empty: it has no batch. Check the path or the filter that it was made with.")
+    return count
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    if not isinstance(data, Sized):
+        return None
+    try:
+        return len(data)
+    except TypeError:  # a DataLoader over an IterableDataset has __len__ and cannot answer
+        return None
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        inside = ", ".join(type(item).__name__ for item in value[:4])
+        return f"a {type(value).__name__} of {len(value)} ({inside}{', …' if len(value) > 4 else ''})"
+    return f"a {type(value).__name__}"

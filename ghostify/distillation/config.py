@@ -1,0 +1,117 @@
+"""How to distil: every choice of a run that is not its data, its models or its length."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from ghostify.distillation.losses import LOSSES, Loss
+from ghostify.errors import OptionError
+
+SCHEDULES = ("one-cycle", "cosine")
+OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The settings of a distillation.
+
+    Attributes:
+        lr: Peak learning rate. AdamW wants about a hundredth of what SGD does.
+        schedule: ``"one-cycle"`` (a cosine up, a cosine down to nearly nothing) or ``"cosine"`` (a
+            linear warm-up, a cosine down to 0).
+        warmup: Share of the steps before the peak; ``None`` takes 0.3 for one-cycle, 0.05 for cosine.
+        optimizer: ``"sgd"`` (with Nesterov momentum) or ``"adamw"``.
+        momentum: SGD's momentum.
+        weight_decay: On weights of two or more dimensions; norms and biases have none.
+        loss: A name in ``LOSSES`` or a function ``(student_logits, teacher_logits, temperature)``.
+        temperature: Softens both networks' answers before they are compared.
+        hard_weight: Weight of the cross-entropy with labels, 0 to 1; ``loss`` has the rest.
+        clip_norm: Longest gradient over all parameters, or ``None`` for no clipping.
+        precision: ``"bf16"`` or ``"fp32"``; ``"auto"`` is bf16 where the hardware has it.
+        channels_last: Give 4-d inputs in the memory format that convolutions run fastest in.
+        seed: Of everything random in the run.
+        progress: Show a progress bar; ``None`` shows it on a terminal only.
+
+    Raises:
+        OptionError: A value that cannot be used.
+    """
+
+    lr: float = 0.1
+    schedule: str = "one-cycle"
+    warmup: float | None = None
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    loss: str | Loss = "kd"
+    temperature: float = 4.0
+    hard_weight: float = 0.0
+    clip_norm: float | None = 5.0
+    precision: str = "auto"
+    channels_last: bool = True
+    seed: int = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("precision", self.precision, PRECISIONS)
+        if not callable(self.loss):
+            _one_of("loss", self.loss, LOSSES, otherwise=" or a function of (student, teacher, temperature)")
+        _number("lr", self.lr, above=0.0)
+        _number("temperature", self.temperature, above=0.0)
+        _number("momentum", self.momentum, least=0.0, below=1.0)
+        _number("weight_decay", self.weight_decay, least=0.0)
+        _number("hard_weight", self.hard_weight, least=0.0, most=1.0)
+        if self.warmup is not None:
+            _number("warmup", self.warmup, least=0.0, below=1.0)
+        if self.clip_norm is not None:
+            _number("clip_norm", self.clip_norm, above=0.0)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise OptionError(f"seed={self.seed!r} must be a whole number of at least 0. Pass, for example, seed=0.")
+        if self.optimizer == "adamw" and self.lr > 0.05:
+            raise OptionError(
+                f"lr={self.lr} with optimizer='adamw' diverges: Adam's steps are about lr long whatever the gradient. "
+                "Pass lr=0.001 to lr=0.003."
+            )
+
+    @property
+    def loss_function(self) -> Loss:
+        """The function that ``loss`` stands for."""
+        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+
+
+def _one_of(name: str, value: Any, allowed: Collection[str], otherwise: str = "") -> None:
+    if isinstance(value, str) and value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    raise OptionError(f"{name}={value!r} is unknown. Pass {', '.join(map(repr, allowed))}{otherwise}.{guess}")
+
+
+def _number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    limits = [
+        (above, "above", operator.gt),
+        (least, "of at least", operator.ge),
+        (below, "below", operator.lt),
+        (most, "of at most", operator.le),
+    ]
+    given = [(limit, words, holds) for limit, words, holds in limits if limit is not None]
+    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or not all(holds(value, limit) for limit, _, holds in given):
+        wanted = " and ".join(f"{words} {limit:g}" for limit, words, _ in given)
+        raise OptionError(f"{name}={value!r} cannot be used. Pass a number {wanted}.")

@@ -1,0 +1,74 @@
+"""What a distillation leaves behind, in plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a student does on the validation data.
+
+    Attributes:
+        loss: Mean distillation loss.
+        agreement: Share of examples where student and teacher name the same class.
+        accuracy: Share where the student is right; ``None`` without labels.
+        teacher_accuracy: The same of the teacher.
+    """
+
+    loss: float
+    agreement: float
+    accuracy: float | None
+    teacher_accuracy: float | None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What the best student has most of: accuracy (without labels, agreement), then a low loss."""
+        return (self.agreement if self.accuracy is None else self.accuracy, -self.loss)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The record of one epoch.
+
+    Attributes:
+        epoch: Its number, from 1.
+        loss: Mean training loss.
+        lr: Learning rate of its last step.
+        val_accuracy: Share of validation examples that the student gets right, ``None`` without labels.
+        val_agreement: Share where student and teacher agree, ``None`` without validation data.
+        val_loss: Mean distillation loss on the validation data, ``None`` without.
+        seconds: Training and validation together.
+        images_per_second: Of the training alone.
+    """
+
+    epoch: int
+    loss: float
+    lr: float
+    val_accuracy: float | None
+    val_agreement: float | None
+    val_loss: float | None
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished distillation.
+
+    Attributes:
+        student: The model that was trained: the one that was passed in.
+        history: One record for each epoch.
+        start: The student on the validation data before the first step, ``None`` without such data.
+        best_epoch: The epoch whose weights the student holds; 0 means that no epoch beat the start.
+        out: The folder with the checkpoints, if one was asked for.
+    """
+
+    student: nn.Module
+    history: tuple[Epoch, ...]
+    start: Scores | None
+    best_epoch: int
+    out: Path | None

@@ -1,0 +1,127 @@
+"""What is looked at before the first step, so that nothing is found out after hours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.distillation.batches import Batch, Reader, check_labels
+from ghostify.errors import InputsError, OptionError, TrainingError
+from ghostify.tracing.example import evaluating
+
+
+def check_models(student: nn.Module, teacher: nn.Module, epochs: int) -> None:
+    """See that there is something to train, and that training it leaves the teacher alone.
+
+    Raises:
+        OptionError: ``epochs`` is not a whole number of at least 1.
+        TrainingError: The two are one model, share tensors, or are on different devices; or nothing is trainable.
+    """
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise OptionError(f"epochs={epochs!r} must be a whole number of at least 1. Pass, for example, epochs=10.")
+    if student is teacher:
+        raise TrainingError(
+            "student is teacher: a model has nothing to learn from itself. "
+            "Pass the converted model as student and the original as teacher."
+        )
+    parameters = dict(student.named_parameters())
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    if not trainable:
+        raise TrainingError(
+            f"student ({type(student).__name__}) has {len(parameters)} parameters and none with requires_grad=True. "
+            "Call student.requires_grad_(True)."
+        )
+    written = {**trainable, **{name: b for name, b in student.named_buffers() if b.is_floating_point()}}
+    owned = {_memory(tensor) for tensor in (*teacher.parameters(), *teacher.buffers()) if tensor.numel()}
+    shared = [name for name, tensor in written.items() if tensor.numel() and _memory(tensor) in owned]
+    if shared:
+        raise TrainingError(
+            f"student shares {len(shared)} tensors with teacher (the first is {shared[0]!r}), so training would "
+            "change the teacher. Pass copy.deepcopy(student)."
+        )
+    devices = {str(p.device) for model in (student, teacher) for p in model.parameters()}
+    if len(devices) > 1:
+        raise TrainingError(
+            f"student and teacher lie on several devices: {', '.join(sorted(devices))}. Move both to one with .to(...)."
+        )
+
+
+def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, hard_weight: float) -> None:
+    """Run both models once and see that their answers can be compared with each other and with the labels.
+
+    Args:
+        student: Run in evaluation mode; left as found.
+        teacher: The same.
+        batch: The first one.
+        name: ``data`` or ``val``, for messages.
+        hard_weight: Labels are needed where it is above 0, and are not looked at in ``data`` where it is 0.
+
+    Raises:
+        TrainingError: A model does not run, gives no class scores, or scores of another shape than the other.
+        OptionError: ``hard_weight`` asks for labels that are not there.
+        InputsError: Labels that do not fit the scores.
+    """
+    wanted = _scores(teacher, batch.inputs, f"teacher ({type(teacher).__name__})", name)
+    scores = _scores(student, batch.inputs, f"student ({type(student).__name__})", name)
+    if scores.shape != wanted.shape:
+        raise TrainingError(
+            f"student gives scores of shape {tuple(scores.shape)} and teacher {tuple(wanted.shape)} for the same "
+            f"inputs {tuple(batch.inputs.shape)}. Pass models with the same classes."
+        )
+    if not bool(torch.isfinite(wanted).all()):
+        raise TrainingError(
+            f"teacher ({type(teacher).__name__}) gives scores that are not finite on the first batch of {name}. "
+            "Check its weights and the normalisation of the inputs."
+        )
+    if name == "data" and hard_weight == 0:
+        return
+    if batch.labels is not None:
+        check_labels(batch.labels, scores, name)
+    elif name == "data":
+        raise OptionError(
+            f"hard_weight={hard_weight} needs labels, and data yields none that are whole-number tensors. "
+            "Pass hard_weight=0, or batches (input, class ids)."
+        )
+
+
+def first_batch(data: Iterable[Any], reader: Reader, name: str) -> Batch:
+    """Read one batch.
+
+    Raises:
+        InputsError: There is none, or it cannot be read.
+    """
+    for item in data:
+        return reader.read(item, name)
+    raise InputsError(f"{name} is empty: it has a length but yields no batch. Check its sampler.")
+
+
+def _scores(model: nn.Module, inputs: Tensor, role: str, name: str) -> Tensor:
+    with evaluating(model), torch.no_grad(), _explained(role, inputs, name):
+        scores = model(inputs)
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() < 2:
+        shape = f" of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""
+        raise TrainingError(
+            f"{role} gives a {type(scores).__name__}{shape}; class scores (n, classes, ...) are needed. "
+            "Wrap it in a module whose forward returns them."
+        )
+    return scores
+
+
+@contextmanager
+def _explained(role: str, inputs: Tensor, name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise TrainingError(
+            f"{role} does not run on the first batch of {name}, of shape {tuple(inputs.shape)}: "
+            f"{type(error).__name__}: {reason}. Pass inputs that the model accepts."
+        ) from error
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

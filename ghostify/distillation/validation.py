@@ -1,0 +1,62 @@
+"""Scoring a student beside its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.distillation.batches import Reader, check_labels
+from ghostify.distillation.history import Scores
+from ghostify.tracing.example import evaluating
+
+
+def validate(
+    student: nn.Module,
+    *,
+    teacher: nn.Module,
+    val: Iterable[Any],
+    reader: Reader,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> Scores:
+    """Score a student on all of the validation data; both models' modes are restored.
+
+    Args:
+        student: Gives class scores ``(n, classes, ...)``.
+        teacher: Gives class scores of the same shape.
+        val: Batches, with or without labels.
+        reader: Moves them to the models.
+        loss: Distillation loss of student's and teacher's scores.
+        autocast: Opens the context that both run in.
+
+    Raises:
+        InputsError: Labels that do not fit the scores.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=reader.device)  # loss, agreeing, right, teacher right
+    examples = answers = labelled = 0
+    with evaluating(student, teacher), torch.no_grad():
+        for item in val:
+            batch = reader.read(item, "val")
+            with autocast():
+                scores, wanted = student(batch.inputs), teacher(batch.inputs)
+            guess, reference = scores.argmax(1), wanted.argmax(1)
+            examples += scores.shape[0]
+            answers += guess.numel()
+            sums[0] += loss(scores, wanted) * scores.shape[0]
+            sums[1] += (guess == reference).sum()
+            if batch.labels is not None:
+                check_labels(batch.labels, scores, "val")
+                labelled += guess.numel()
+                sums[2] += (guess == batch.labels).sum()
+                sums[3] += (reference == batch.labels).sum()
+    total, agreeing, right, teacher_right = sums.tolist()
+    return Scores(
+        loss=total / examples,
+        agreement=agreeing / answers,
+        accuracy=right / labelled if labelled else None,
+        teacher_accuracy=teacher_right / labelled if labelled else None,
+    )

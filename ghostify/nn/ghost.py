@@ -1,0 +1,302 @@
+"""The Ghost unit: few channels by a real convolution, the rest by a cheap depthwise one.
+
+Source: Han et al., "GhostNet: More Features from Cheap Operations" (arXiv 1911.11907), §3.1–3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.nn.layout import intrinsic_positions, natural_layout, position_parents
+from ghostify.nn.selection import select_channels
+from ghostify.spec import GhostSpec
+
+Size2d = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class CheapOperation(nn.Module):
+    """Depthwise maps of a primary map (arXiv 1911.11907, eq. 3), stride 1, same size.
+
+    Args:
+        channels: Primary channels ``m``.
+        copies: Depthwise maps of every primary channel.
+        extra: The first ``extra`` primary channels get one more.
+        dw_size: Side ``d`` of the depthwise kernels, odd.
+        bias: Whether the maps have a bias.
+        device: Where the parameters are made.
+        dtype: Their type.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        copies: int,
+        extra: int,
+        *,
+        dw_size: int,
+        bias: bool,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.copies = copies
+        self.extra = extra
+        self.has_bias = bias
+
+        def depthwise(inputs: int, outputs: int) -> nn.Conv2d:
+            return nn.Conv2d(
+                inputs, outputs, dw_size, padding=dw_size // 2, groups=inputs, bias=bias, device=device, dtype=dtype
+            )
+
+        self.every = depthwise(channels, copies * channels) if copies else None
+        self.first = depthwise(extra, extra) if extra else None
+
+    def forward(self, primary: Tensor) -> Tensor:
+        """Map ``(b, m, h, w)`` to ``(b, copies·m + extra, h, w)``."""
+        if self.every is None:
+            return self._of_first(primary)
+        maps: Tensor = self.every(primary)
+        return torch.cat([maps, self._of_first(primary)], dim=1) if self.extra else maps
+
+    def _of_first(self, primary: Tensor) -> Tensor:
+        assert self.first is not None  # the layout guarantees it: extra > 0
+        maps: Tensor = self.first(primary[:, : self.extra] if self.extra < primary.shape[1] else primary)
+        return maps
+
+    def kernels(self) -> Tensor:
+        """All depthwise kernels in the order of the maps, ``(copies·m + extra, d, d)``."""
+        return torch.cat([conv.weight.squeeze(1) for conv in (self.every, self.first) if conv is not None])
+
+    @torch.no_grad()
+    def assign(self, kernels: Tensor, bias: Tensor | None = None) -> None:
+        """Set all kernels ``(maps, d, d)`` and, where there is one, the bias ``(maps,)``."""
+        start = 0
+        for conv in (self.every, self.first):
+            if conv is None:
+                continue
+            stop = start + conv.out_channels
+            conv.weight.copy_(kernels[start:stop].unsqueeze(1))
+            if conv.bias is not None and bias is not None:
+                conv.bias.copy_(bias[start:stop])
+            start = stop
+
+
+class GhostConv2d(nn.Module):
+    """A convolution with the signature, output shape and channel order of ``nn.Conv2d``, at 1/ratio of the cost.
+
+    Args:
+        in_channels: Input channels ``c``.
+        out_channels: Output channels ``n``.
+        kernel_size: As in ``nn.Conv2d``; so are the next six.
+        stride: Stride of the primary convolution; the cheap operation has stride 1.
+        padding: Padding of the primary convolution.
+        dilation: Dilation of the primary convolution.
+        groups: Groups of the primary convolution; every group gets the same number of intrinsic channels.
+        bias: Whether there is a bias.
+        padding_mode: Padding mode of the primary convolution.
+        spec: Ratio, depthwise size, fusion and placement.
+        device: Where the parameters are made.
+        dtype: Their type.
+
+    Raises:
+        OptionError: ``spec`` is out of range (raised when it is made).
+
+    Example:
+        >>> unit = GhostConv2d(16, 30, 3, padding=1, spec=GhostSpec(ratio=4))
+        >>> unit(torch.zeros(2, 16, 8, 8)).shape, unit.primary_conv.out_channels
+        (torch.Size([2, 30, 8, 8]), 8)
+    """
+
+    primary_conv: nn.Module
+    cheap_operation: CheapOperation | None
+    primary_norm: nn.Module | None
+    cheap_norm: nn.Module | None
+    activation: nn.Module | None
+    channel_order: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2d,
+        stride: Size2d = 1,
+        padding: str | Size2d = 0,
+        dilation: Size2d = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        *,
+        spec: GhostSpec | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        spec = spec or GhostSpec()
+        channels = spec.intrinsic_channels(out_channels, groups)
+        primary = nn.Conv2d(
+            in_channels, channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        super().__init__()
+        self._assemble(primary, out_channels, spec)
+        if spec.placement == "paper":
+            self._add_norms(nn.BatchNorm2d(out_channels, device=device, dtype=dtype), torch.arange(out_channels))
+            self.activation = nn.ReLU()
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        spec: GhostSpec,
+        *,
+        layout: Tensor | None = None,
+        norm: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ) -> GhostConv2d:
+        """Make the unit that takes the place of a trained convolution.
+
+        The primary is a copy of ``conv`` with the rows of the chosen intrinsic channels. The cheap
+        kernels start at random (``mul``: as the identity) and wait for an initialiser.
+
+        Args:
+            conv: The original; any subclass, left untouched.
+            spec: The unit's options.
+            layout: The original channel at every position of the unit's own layout, ``(n,)``, a
+                permutation; by default the channels as they are.
+            norm: For placement ``paper``: the original batch norm, whose channels are shared out to the branches.
+            activation: For placement ``paper``: a copy of the activation that the cheap operation reads through.
+        """
+        unit = cls.__new__(cls)
+        nn.Module.__init__(unit)
+        layout = natural_layout(spec, conv.out_channels, conv.groups) if layout is None else layout
+        rows = layout[intrinsic_positions(spec, conv.out_channels, conv.groups)]
+        unit._assemble(select_channels(conv, rows, conv.out_channels), conv.out_channels, spec)
+        if spec.placement == "paper":
+            if norm is not None:
+                unit._add_norms(norm, layout)
+            unit.activation = activation
+        unit.set_order(layout)
+        unit.train(conv.training)
+        return unit
+
+    def take_channels(self, conv: nn.Conv2d, layout: Tensor, norm: nn.Module | None = None) -> None:
+        """Choose other intrinsic channels: copy the primary (and the norms) anew from the originals.
+
+        Args:
+            conv: The original, as given to [from_conv][ghostify.nn.GhostConv2d.from_conv].
+            layout: The original channel at every position of the unit's own layout, ``(n,)``.
+            norm: The original norm where this unit holds norms.
+        """
+        rows = layout[intrinsic_positions(self.spec, self.out_channels, self.groups)]
+        self.primary_conv = select_channels(conv, rows, self.out_channels)
+        if self.primary_norm is not None and norm is not None:
+            self._add_norms(norm, layout)
+        self.set_order(layout)
+
+    def _assemble(self, primary: nn.Conv2d, out_channels: int, spec: GhostSpec) -> None:
+        self.spec = spec
+        self.in_channels, self.out_channels = primary.in_channels, out_channels
+        self.kernel_size, self.stride, self.padding = primary.kernel_size, primary.stride, primary.padding
+        self.dilation, self.groups, self.padding_mode = primary.dilation, primary.groups, primary.padding_mode
+        self.primary_conv = primary
+        m = primary.out_channels
+        copies, extra = divmod(out_channels, m)
+        if spec.fusion == "concat":
+            copies -= 1
+        weight = next(primary.parameters())
+        # A gate needs a constant to start as the identity; elsewhere the original decides.
+        bias = spec.fusion == "mul" or primary.bias is not None
+        self.cheap_operation = (
+            CheapOperation(m, copies, extra, dw_size=spec.dw_size, bias=bias, device=weight.device, dtype=weight.dtype)
+            if copies or extra
+            else None
+        )
+        self.primary_norm = self.cheap_norm = self.activation = None
+        self.register_buffer("channel_order", None)
+        if spec.fusion == "mul" and self.cheap_operation is not None:
+            kernels = self.cheap_operation.kernels()
+            self.cheap_operation.assign(torch.zeros_like(kernels), torch.ones_like(kernels[:, 0, 0]))
+
+    def _add_norms(self, norm: nn.Module, layout: Tensor) -> None:
+        n = self.out_channels
+        self.primary_norm = select_channels(norm, layout[intrinsic_positions(self.spec, n, self.groups)], n)
+        if self.cheap_operation is not None:
+            cheap = layout[self.intrinsic_channels :] if self.spec.fusion == "concat" else layout
+            self.cheap_norm = select_channels(norm, cheap, n)
+
+    @property
+    def intrinsic_channels(self) -> int:
+        """Channels ``m`` of the primary convolution."""
+        return self.spec.intrinsic_channels(self.out_channels, self.groups)
+
+    def set_order(self, layout: Tensor) -> None:
+        """Say which original channel stands at every position of the unit's own layout.
+
+        Args:
+            layout: A permutation ``(n,)``; the identity needs no index when the unit runs.
+        """
+        order = torch.argsort(layout)
+        identity = torch.equal(order, torch.arange(len(order), device=order.device))
+        self.channel_order = None if identity else order.to(next(self.parameters()).device)
+
+    def layout(self) -> Tensor:
+        """The original channel at every position of the unit's own layout, ``(n,)``."""
+        if self.channel_order is None:
+            return torch.arange(self.out_channels)
+        return torch.argsort(self.channel_order).cpu()
+
+    def parents(self) -> Tensor:
+        """The primary channel that every map of the cheap operation reads, ``(n-m,)`` or ``(n,)``."""
+        parents = position_parents(self.spec, self.out_channels, self.groups)
+        return parents[self.intrinsic_channels :] if self.spec.fusion == "concat" else parents
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(b, c, h, w)`` to ``(b, n, h', w')``, channels in the original's order."""
+        primary = self.primary(x)
+        maps = primary if self.cheap_operation is None else self.fuse(primary, self.cheap(primary))
+        return maps if self.channel_order is None else maps.index_select(1, self.channel_order)
+
+    def primary(self, x: Tensor) -> Tensor:
+        """The primary maps ``(b, m, h', w')`` of an input ``(b, c, h, w)``."""
+        maps: Tensor = self.primary_conv(x)
+        return maps if self.primary_norm is None else self.primary_norm(maps)
+
+    def cheap_input(self, primary: Tensor) -> Tensor:
+        """What the cheap operation reads, ``(b, m, h', w')``.
+
+        With placement ``paper`` that is the activated map; the primary map itself is activated by
+        the network's own activation after this unit, together with the ghosts.
+        """
+        return primary if self.activation is None else self.activation(primary)
+
+    def cheap(self, primary: Tensor) -> Tensor:
+        """The depthwise maps of primary maps ``(b, m, h', w')``."""
+        assert self.cheap_operation is not None  # callers ask only where there is one
+        maps: Tensor = self.cheap_operation(self.cheap_input(primary))
+        return maps if self.cheap_norm is None else self.cheap_norm(maps)
+
+    def fuse(self, primary: Tensor, cheap: Tensor) -> Tensor:
+        """Both branches as ``(b, n, h', w')`` in the unit's own layout."""
+        if self.spec.fusion == "concat":
+            return torch.cat([primary, cheap], dim=1)
+        repeated = self._repeat(primary)
+        return repeated + cheap if self.spec.fusion == "add" else repeated * cheap
+
+    def _repeat(self, primary: Tensor) -> Tensor:
+        """Every primary map once for each output that stands on it, ``(b, n, h, w)``."""
+        copies, extra = divmod(self.out_channels, primary.shape[1])
+        maps = primary.repeat_interleave(copies, dim=1) if copies > 1 else primary
+        return torch.cat([maps, primary[:, :extra]], dim=1) if extra else maps
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A stored state has an order or has none, whatever this unit has now.
+        stored = state_dict.get(f"{prefix}channel_order")
+        self.channel_order = None if stored is None else torch.empty_like(stored, device=next(self.parameters()).device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        order = "" if self.channel_order is None else ", reordered"
+        return f"{self.in_channels}, {self.out_channels}, {self.spec}{order}"

@@ -1,0 +1,169 @@
+"""Making a plan: for every convolution, replace it (how) or keep it (why)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ghostify.errors import NothingToConvertError, OptionError, PatternError
+from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
+from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
+from ghostify.spec import Decision, GhostSpec, Plan, Site
+from ghostify.tracing import ExampleInputs, Trace, fingerprint, trace
+
+Override = float | GhostSpec | None
+
+
+def plan(
+    model: nn.Module,
+    *,
+    ratio: float | None = None,
+    example_inputs: ExampleInputs | None = None,
+    spec: GhostSpec | None = None,
+    skip: str | Sequence[str] = (),
+    overrides: Mapping[str, Override] | None = None,
+) -> Plan:
+    """Decide for every convolution of a model whether and how a Ghost unit replaces it.
+
+    Nothing is changed: the model is run once on the example inputs, in evaluation mode.
+
+    Args:
+        model: The trained network, any module that runs.
+        ratio: Output channels divided by intrinsic channels, any number ≥ 1; by default 2.
+        example_inputs: One batch: a tensor ``(n, c, h, w)``, a tuple of positional arguments, or a
+            dict of keyword arguments.
+        spec: All options of the Ghost unit; in place of ``ratio``.
+        skip: Names of sites to keep, or patterns such as ``layer1.*``.
+        overrides: By name or pattern, for single sites: a ratio, a [GhostSpec][ghostify.GhostSpec], or
+            ``None`` to keep the site. An override outranks ``skip`` and the habit of keeping the
+            first and the output layer; of several that match, the last one counts.
+
+    Returns:
+        The plan; print it.
+
+    Raises:
+        OptionError: A ratio or another option is out of range.
+        InputsError: There are no example inputs.
+        TraceError: The model does not run on them.
+        PatternError: A pattern matches no convolution.
+        NothingToConvertError: No convolution is left to replace; the reasons are in the message.
+
+    Example:
+        >>> import torch
+        >>> from ghostify.nn.cifar import resnet20
+        >>> made = plan(resnet20(), ratio=2, example_inputs=torch.zeros(1, 3, 32, 32))
+        >>> len(made.replaced), made.params, made.params_after
+        (18, 269722, 139018)
+    """
+    default = chosen_spec(ratio, spec)
+    skipped = [skip] if isinstance(skip, str) else list(skip)
+    return plan_traced(trace(model, example_inputs), default, skipped, override_specs(overrides, default))
+
+
+def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:
+    """The unit's options from the two ways to give them.
+
+    Raises:
+        OptionError: Both are given, or one is out of range.
+    """
+    if spec is None:
+        return GhostSpec(2.0 if ratio is None else ratio)
+    if ratio is not None:
+        raise OptionError(f"ratio={ratio!r} and spec={spec!r} are both given. Put the ratio into the spec.")
+    return spec
+
+
+def plan_traced(
+    facts: Trace, default: GhostSpec, skip: Iterable[str], overrides: Mapping[str, GhostSpec | None]
+) -> Plan:
+    """The same from facts that are known already; see [plan][ghostify.plan] for the arguments."""
+    skip = list(skip)
+    names = [site.name for site in facts.sites]
+    for option, patterns in (("skip", skip), ("overrides", list(overrides))):
+        for pattern in patterns:
+            _check_pattern(option, pattern, names)
+    decisions = tuple(_decide(site, default, skip, overrides) for site in facts.sites)
+    made = Plan(
+        model=type(facts.model).__name__,
+        fingerprint=fingerprint(facts.model),
+        trace_way=facts.way,
+        trace_note=facts.note,
+        input_shapes=facts.example.shapes,
+        params=facts.params,
+        macs=facts.count.macs,
+        uncounted=facts.count.outside,
+        decisions=decisions,
+    )
+    if not made.replaced:
+        raise NothingToConvertError(
+            f"No convolution of {made.model} is left to replace:\n{made.table()}\n"
+            "An override such as overrides={'NAME': 2} outranks a skip and the habits (first layer, output layer)."
+        )
+    return made
+
+
+def _decide(site: Site, default: GhostSpec, skip: list[str], overrides: Mapping[str, GhostSpec | None]) -> Decision:
+    macs = conv_macs(site)
+
+    def keep(reason: str) -> Decision:
+        return Decision(site, None, reason, site.params, site.params, macs, macs)
+
+    for rule in OBSTACLES:
+        if reason := rule(site):
+            return keep(reason)
+    matching = [pattern for pattern in overrides if fnmatchcase(site.name, pattern)]
+    if matching:
+        override = overrides[matching[-1]]
+        if override is None:
+            return keep(f"kept by override {matching[-1]!r}")
+        spec = override
+    else:
+        for pattern in skip:
+            if fnmatchcase(site.name, pattern):
+                return keep(f"skipped by {pattern!r}")
+        for rule in HABITS:
+            if reason := rule(site):
+                return keep(reason)
+        spec = default
+    spec, remark = _with_possible_placement(site, spec)
+    if reason := saves_nothing(site, spec, macs):
+        return keep(reason)
+    return Decision(site, spec, remark, site.params, ghost_params(site, spec), macs, ghost_macs(site, spec))
+
+
+def _with_possible_placement(site: Site, spec: GhostSpec) -> tuple[GhostSpec, str]:
+    """Fall back to placement ``linear``, saying why, where norm and activation cannot move into the branches."""
+    if spec.placement == "linear":
+        return spec, ""
+    obstacle = "what follows it is unknown" if site.chain is None else site.chain.paper_obstacle
+    return (replace(spec, placement="linear"), f"placement linear: {obstacle}") if obstacle else (spec, "")
+
+
+def override_specs(overrides: Mapping[str, Override] | None, default: GhostSpec) -> dict[str, GhostSpec | None]:
+    """The overrides of [plan][ghostify.plan] with every ratio made a full spec.
+
+    Raises:
+        OptionError: A value is neither a ratio, nor a spec, nor ``None``.
+    """
+    return {pattern: _override_spec(pattern, value, default) for pattern, value in (overrides or {}).items()}
+
+
+def _override_spec(pattern: str, value: Override, default: GhostSpec) -> GhostSpec | None:
+    if value is None or isinstance(value, GhostSpec):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise OptionError(
+            f"overrides={{{pattern!r}: {value!r}}} is neither a ratio, nor a GhostSpec, nor None, which keeps the site."
+        )
+    return replace(default, ratio=value)
+
+
+def _check_pattern(option: str, pattern: str, names: list[str]) -> None:
+    if any(fnmatchcase(name, pattern) for name in names):
+        return
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+    raise PatternError(f"{option}={pattern!r} matches no convolution of the model. Near it are: {', '.join(near)}.")

@@ -1,0 +1,194 @@
+"""Latency of two models, measured side by side so that a busy machine disturbs both alike."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ghostify.errors import InputsError, OptionError
+from ghostify.reporting.report import Latency, Timing
+from ghostify.tracing.example import Example, ExampleInputs, evaluating
+
+_FEWEST_PAIRS = 5  # quartiles of fewer say nothing
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """How latency is measured.
+
+    Attributes:
+        repeats: Timed runs of each model.
+        warmup: Runs of each model before the first timed one.
+        seconds: Warm-up and timed runs each stop early after this time, the timed ones not before 5 pairs.
+        channels_last: Measure copies of both models, and the inputs, in channels-last memory format.
+
+    Raises:
+        OptionError: A value is outside its range.
+    """
+
+    repeats: int = 30
+    warmup: int = 5
+    seconds: float = 10.0
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.repeats < _FEWEST_PAIRS:
+            raise OptionError(f"repeats={self.repeats!r} is too few for a median and quartiles. Use 5 or more.")
+        if self.warmup < 0:
+            raise OptionError(f"warmup={self.warmup!r} is negative. Use 0 or more runs.")
+        if not self.seconds > 0:
+            raise OptionError(f"seconds={self.seconds!r} is not a time. Use a positive number, such as 10.")
+
+
+def measure_latency(
+    original: nn.Module,
+    compressed: nn.Module,
+    *,
+    example_inputs: ExampleInputs | Example,
+    options: LatencyOptions | None = None,
+) -> Latency:
+    """Time both models in turn (A B, B A, A B, …) in evaluation and inference mode.
+
+    Args:
+        original: The model to compare with.
+        compressed: The smaller one, on the same device.
+        example_inputs: The batch to run on, as given: its batch size is kept.
+        options: Repeats, warm-up, time limit, memory format.
+
+    Returns:
+        Times in milliseconds for the whole batch, and their ratio pair by pair.
+
+    Raises:
+        InputsError: The models are on different devices.
+    """
+    options = options or LatencyOptions()
+    example = Example.of(example_inputs)
+    device = _shared_device(original, compressed)
+    models = (original, compressed)
+    if options.channels_last:
+        models = (_channels_last_copy(original), _channels_last_copy(compressed))
+    runs = [_runner(model, example, options.channels_last) for model in models]
+
+    def timed(run: Callable[[], object]) -> float:
+        _synchronise(device)
+        start = time.perf_counter()
+        run()
+        _synchronise(device)
+        return (time.perf_counter() - start) * 1e3
+
+    pairs: list[tuple[float, float]] = []
+    with evaluating(*models), torch.inference_mode():
+        start = time.perf_counter()
+        for done in range(options.warmup):
+            if done and time.perf_counter() - start > options.seconds:
+                break
+            for run in runs:
+                timed(run)
+        start = time.perf_counter()
+        while len(pairs) < options.repeats:
+            if len(pairs) >= _FEWEST_PAIRS and time.perf_counter() - start > options.seconds:
+                break
+            if len(pairs) % 2 == 0:
+                first = timed(runs[0])
+                pairs.append((first, timed(runs[1])))
+            else:  # the other way round, so that neither always follows the other
+                second = timed(runs[1])
+                pairs.append((timed(runs[0]), second))
+
+    times = np.array(pairs)
+    ratio = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
+    return Latency(
+        original=_timing(times[:, 0]),
+        compressed=_timing(times[:, 1]),
+        ratio=float(ratio[1]),
+        ratio_q25=float(ratio[0]),
+        ratio_q75=float(ratio[2]),
+        pairs=len(pairs),
+        pairs_asked=options.repeats,
+        warmup=options.warmup,
+        threads=torch.get_num_threads(),
+        backend=f"torch eager, {device_name(device)}",
+        dtype=_dtypes(models),
+        channels_last=options.channels_last,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's name, as in ``NVIDIA H200`` or ``AMD EPYC 7763 64-Core Processor``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        facts = ""
+    for line in facts.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor lies; the CPU if it has none."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _shared_device(original: nn.Module, compressed: nn.Module) -> torch.device:
+    device, other = device_of(original), device_of(compressed)
+    if device != other:
+        raise InputsError(
+            f"original is on {device} and compressed on {other}: their latencies cannot be compared. "
+            "Move both to one device, or pass latency=None."
+        )
+    return device
+
+
+def _runner(model: nn.Module, example: Example, channels_last: bool) -> Callable[[], object]:
+    """A call without arguments; the inputs are moved beforehand, so no copy is timed."""
+    moved = example.to(model)
+    if channels_last:
+        args, kwargs = tree_map(_to_channels_last, (moved.args, moved.kwargs))
+        moved = Example(args, kwargs)
+    return lambda: model(*moved.args, **moved.kwargs)
+
+
+def _to_channels_last(leaf: object) -> object:
+    if isinstance(leaf, Tensor) and leaf.dim() == 4:
+        return leaf.to(memory_format=torch.channels_last)
+    return leaf
+
+
+def _channels_last_copy(model: nn.Module) -> nn.Module:
+    # Module.to changes the module that it is called on, and this one is the caller's.
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timing(milliseconds: np.ndarray) -> Timing:
+    q25, median, q75 = np.percentile(milliseconds, [25, 50, 75])
+    return Timing(median=float(median), q25=float(q25), q75=float(q75), minimum=float(milliseconds.min()))
+
+
+def _dtypes(models: Sequence[nn.Module]) -> str:
+    names = []
+    for model in models:
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+        names.append("none" if parameter is None else str(parameter.dtype).removeprefix("torch."))
+    return names[0] if names[0] == names[1] else f"{names[0]} (original), {names[1]} (ghost)"

@@ -1,0 +1,142 @@
+"""The model as a torch.fx graph, and what the graph tells about a convolution."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ghostify.spec import Chain
+from ghostify.tracing.example import Example, evaluating
+
+# Activations that act on every number alone and have no parameters: they may be copied.
+_MODULES: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU,
+    nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh,
+)  # fmt: skip
+FUNCTIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid, "mish": nn.Mish, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh,
+}  # fmt: skip
+_FUNCTION_TARGETS = {
+    getattr(home, name): name for home in (torch, F) for name in FUNCTIONS if callable(getattr(home, name, None))
+}
+
+
+class _Tracer(fx.Tracer):
+    """Treats every module without children as one node, so convolutions and norms of any class stay whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return next(m.children(), None) is None or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace_graph(model: nn.Module, example: Example) -> fx.Graph:
+    """Trace a model symbolically, in evaluation mode; its modes are restored.
+
+    Arguments that the example does not give keep their defaults, so ``if mask is not None`` takes
+    the branch that it takes in the example.
+
+    Raises:
+        Exception: Whatever FX raises where it cannot trace (control flow on data, say).
+    """
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*example.args, **example.kwargs).arguments
+    defaults = {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in given and parameter.default is not inspect.Parameter.empty
+    }
+    with evaluating(model):
+        return _Tracer().trace(model, concrete_args=defaults or None)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads ``node``, or ``None`` if several or none do."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def calls_per_module(graph: fx.Graph) -> Counter[str]:
+    """How often every module is called, by the name under which FX knows it."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+
+
+def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
+    """What follows one call of a convolution.
+
+    Args:
+        node: The call.
+        model: The model that was traced.
+        calls: From [calls_per_module][ghostify.tracing.graph.calls_per_module].
+    """
+    norm, obstacle = None, ""
+    follower = only_user(node)
+    if follower is not None and follower.op == "call_module":
+        module = model.get_submodule(str(follower.target))
+        if _is_plain_batch_norm(module):
+            if calls[str(follower.target)] == 1:
+                norm = str(follower.target)
+            else:
+                obstacle = f"its norm {follower.target} is used {calls[str(follower.target)]} times"
+        elif "norm" in type(module).__name__.lower():
+            obstacle = f"its norm is a {type(module).__name__}"
+    activation = None
+    after = only_user(follower) if norm is not None and follower is not None else follower
+    if after is not None and not obstacle:
+        activation, obstacle = _activation(after, model)
+    return Chain(norm, activation, obstacle, _makes_output(node, model))
+
+
+def _is_plain_batch_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm and nothing more (timm's ``BatchNormAct2d`` has an activation inside)."""
+    return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and type(module).forward in (
+        nn.BatchNorm2d.forward,
+        nn.SyncBatchNorm.forward,
+    )
+
+
+def _activation(node: fx.Node, model: nn.Module) -> tuple[str | None, str]:
+    """Name the activation that ``node`` applies, and why it cannot be copied, if so."""
+    if node.op == "call_module":
+        module = model.get_submodule(str(node.target))
+        if isinstance(module, _MODULES):
+            return f"module:{node.target}", ""
+        if isinstance(module, nn.PReLU | nn.RReLU) or "act" in type(module).__name__.lower():
+            return None, f"its activation {type(module).__name__} cannot be copied"
+        return None, ""
+    name = _FUNCTION_TARGETS.get(node.target) if node.op == "call_function" else str(node.target).rstrip("_")
+    if name not in FUNCTIONS or node.op not in ("call_function", "call_method"):
+        return None, ""
+    if len(node.args) > 1 or set(node.kwargs) - {"inplace"}:
+        return None, f"its activation {name} has arguments of its own"
+    return f"function:{name}", ""
+
+
+def _makes_output(node: fx.Node, model: nn.Module) -> bool:
+    """Whether no further convolution or linear layer reads, however indirectly, what ``node`` makes."""
+    seen: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user in seen:
+            continue
+        seen.add(user)
+        if user.op == "call_module" and any(p.dim() > 1 for p in model.get_submodule(str(user.target)).parameters()):
+            return False
+        if any(_is_weight(argument, model) for argument in user.all_input_nodes):
+            return False
+        stack.extend(user.users)
+    return True
+
+
+def _is_weight(node: fx.Node, model: nn.Module) -> bool:
+    """Whether ``node`` reads a matrix or kernel of the model directly, as in ``F.conv2d(x, self.weight)``."""
+    if node.op != "get_attr":
+        return False
+    value: Any = model
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return isinstance(value, nn.Parameter) and value.dim() > 1

@@ -1,0 +1,241 @@
+"""The facts of a model: one recorded run of the real model, and its FX graph where FX can trace it.
+
+Shapes, calls and MACs come from the run, so they are true of whatever runs. What follows a
+convolution comes from the graph; where there is none, the facts say so and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+
+from ghostify.errors import PlanError, TraceError
+from ghostify.spec import Call, Site, TraceWay
+from ghostify.tracing.counting import MacCount, counting
+from ghostify.tracing.example import Example, ExampleInputs
+from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model and the facts about it.
+
+    Attributes:
+        model: The model itself, untouched.
+        example: The example inputs.
+        outputs: What the model made of them, in evaluation mode.
+        sites: Every convolution, in order of first execution; those never called come last.
+        graph: The FX graph, or ``None`` where FX cannot trace the model.
+        note: Why there is no graph; empty if there is one.
+        count: Multiply-accumulates of the model, batch 1.
+    """
+
+    model: nn.Module
+    example: Example
+    outputs: Any
+    sites: tuple[Site, ...]
+    graph: fx.Graph | None
+    note: str
+    count: MacCount
+
+    @property
+    def way(self) -> TraceWay:
+        """``fx`` or ``recorded``."""
+        return "recorded" if self.graph is None else "fx"
+
+    @property
+    def params(self) -> int:
+        """Parameters of the whole model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> Trace:
+    """Collect the facts about every convolution of a model.
+
+    The model is run once on the example inputs, in evaluation mode and without gradients, and is
+    left exactly as it was.
+
+    Args:
+        model: Any module that runs.
+        example_inputs: One batch; see [Example.of][ghostify.tracing.example.Example.of].
+
+    Raises:
+        InputsError: The example inputs are missing or hold no tensor.
+        TraceError: The model does not run on them, or is a kind that has no Python modules to replace.
+        PlanError: The model has no convolution at all.
+    """
+    example = Example.of(example_inputs)
+    _check_kind(model)
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+    if not convolutions:
+        raise PlanError(
+            f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
+            "ghostify converts networks that hold torch.nn.Conv2d modules."
+        )
+    calls, outputs, count = _record(model, convolutions, example)
+    graph, note = _graph_or_reason(model, example, convolutions, calls)
+    nodes = _nodes_by_module(graph)
+    owners = _owners(model)
+    sites = [
+        _site(name, module, calls[name], _obstacle(name, module, owners), nodes.get(name), model)
+        for name, module in convolutions.items()
+    ]
+    sites.sort(key=lambda site: (site.order < 0, site.order))
+    return Trace(model, example, outputs, tuple(sites), graph, note, count)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a model's structure: names and shapes of its state; values and devices do not count.
+
+    Example:
+        >>> fingerprint(nn.Conv2d(3, 8, 3)) == fingerprint(nn.Conv2d(3, 8, 3))
+        True
+    """
+    lines = (f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items() if isinstance(value, Tensor))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _check_kind(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"model is a {type(model).__name__}: its modules are compiled and cannot be replaced. "
+            "Pass the Python model that it was made from."
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise TraceError(
+                f"parameter {name!r} is lazy and has no shape yet. Run the model once on real inputs, then convert it."
+            )
+
+
+def _record(
+    model: nn.Module, convolutions: dict[str, _ConvNd], example: Example
+) -> tuple[dict[str, list[tuple[int, Call]]], Any, MacCount]:
+    """Run the model once: every call of every convolution with its position, the outputs, the MACs."""
+    calls: dict[str, list[tuple[int, Call]]] = defaultdict(list)
+    position = 0
+    handles = []
+    for name, module in convolutions.items():
+
+        def record(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+            nonlocal position
+            if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
+                batched = output.dim() == len(module.kernel_size) + 2  # type: ignore[arg-type]
+                start = 1 if batched else 0
+                rows = output.shape[0] / example.batch if batched else 1.0
+                calls[name].append((position, Call(tuple(args[0].shape[start:]), tuple(output.shape[start:]), rows)))
+                position += 1
+
+        # First in line, so that a hook of the user's that changes the output is not what is recorded.
+        handles.append(module.register_forward_hook(record, prepend=True))
+    try:
+        with counting(example.batch) as count:
+            outputs = example.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, outputs, count
+
+
+def _graph_or_reason(
+    model: nn.Module,
+    example: Example,
+    convolutions: dict[str, _ConvNd],
+    calls: dict[str, list[tuple[int, Call]]],
+) -> tuple[fx.Graph | None, str]:
+    """The FX graph if FX can trace and its calls are those that were recorded; else why not."""
+    try:
+        graph = trace_graph(model, example)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        return None, f"{type(error).__name__}: {lines[0]}"
+    in_graph = calls_per_module(graph)
+    for name in convolutions:
+        if in_graph[name] != len(calls[name]):
+            return None, f"its graph calls {name} {in_graph[name]} times, the run {len(calls[name])} times"
+    return graph, ""
+
+
+def _site(
+    name: str,
+    module: _ConvNd,
+    calls: list[tuple[int, Call]],
+    obstacle: str,
+    nodes: _Nodes | None,
+    model: nn.Module,
+) -> Site:
+    own = list(module.parameters(recurse=False))
+    if nodes is not None and nodes.read_directly:
+        obstacle = obstacle or "its weight is read directly, not only by calling it"
+    return Site(
+        name=name,
+        kind=type(module).__name__,
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        kernel_size=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        groups=module.groups,
+        bias=module.bias is not None,
+        params=sum(parameter.numel() for parameter in own),
+        channel_params=sum(p.numel() // p.shape[0] for p in own if p.dim() and p.shape[0] == module.out_channels),
+        calls=tuple(call for _, call in calls),
+        order=min((position for position, _ in calls), default=-1),
+        obstacle=obstacle,
+        chain=chain_after(nodes.calls[0], model, nodes.calls_per_module)
+        if nodes is not None and len(nodes.calls) == 1
+        else None,
+    )
+
+
+@dataclass
+class _Nodes:
+    """What the graph holds of one convolution."""
+
+    calls_per_module: Counter[str]
+    calls: list[fx.Node] = field(default_factory=list)
+    read_directly: bool = False
+
+
+def _nodes_by_module(graph: fx.Graph | None) -> dict[str, _Nodes]:
+    if graph is None:
+        return {}
+    calls = calls_per_module(graph)
+    found: dict[str, _Nodes] = defaultdict(lambda: _Nodes(calls))
+    for node in graph.nodes:
+        if node.op == "call_module":
+            found[str(node.target)].calls.append(node)
+        elif node.op == "get_attr":
+            found[str(node.target).rpartition(".")[0]].read_directly = True
+    return found
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by the parameter's identity."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
+    return owners
+
+
+def _obstacle(name: str, module: _ConvNd, owners: dict[int, list[str]]) -> str:
+    """Why a module cannot be replaced without changing its meaning; empty if it can."""
+    if not name:
+        return "it is the whole model; put it into an nn.Sequential"
+    if not isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__}: only Conv2d is replaced"
+    if is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is computed anew at every call (parametrization)"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it carries hooks that expect this very module"
+    others = [owner for owner in owners[id(module.weight)] if owner != name]
+    return f"its weight is shared with {others[0]}" if others else ""
