@@ -67,14 +67,26 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 _flush(file)
             temporary.chmod(0o777 & ~_umask())
             if final.exists():
-                retired = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
-                final.replace(retired)
-                temporary.replace(final)
-                shutil.rmtree(retired, ignore_errors=True)
+                _swap(temporary, final)
             else:
                 temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, final: Path) -> None:
+    """Put a folder in the place of another; whatever fails, the older one is back under its name."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{final.name}.old.", dir=final.parent))
+    try:
+        final.replace(retired)
+        temporary.replace(final)
+    except BaseException:
+        if not final.exists():
+            retired.replace(final)
+        raise
+    finally:
+        if final.exists():  # else the retired one is all that is left
+            shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager

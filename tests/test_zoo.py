@@ -266,11 +266,11 @@ def test_torchvision_is_imported_whatever_torch_it_was_built_for() -> None:
             assert import_torchvision() is module
         ours = [w for w in caught if w.category is TorchvisionOpsWarning]
         assert len(ours) == (1 if broken else 0), caught
-        assert "nms" in str(ours[0].message) or not broken
+        assert all("nms" in str(w.message) for w in ours)
         import torch, torchvision
         assert torchvision is module
         assert torchvision.models.resnet18().eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
-        assert torchvision.transforms.v2.CenterCrop(2)(torch.zeros(3, 4, 4)).shape == (3, 2, 2)
+        assert torchvision.transforms.CenterCrop(2)(torch.zeros(3, 4, 4)).shape == (3, 2, 2)
         print("imported")
     """)
     assert done.stdout.strip() == "imported", done.stderr

@@ -146,10 +146,11 @@ def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
 
 
 def _within_memory(chunks: list[Example], plan: Plan) -> list[Example]:
-    """As many chunks as leave the activations that live at one time within ``_MEMORY``; says so if some are left out."""
+    """As many chunks as keep the activations that live at one time within ``_MEMORY``; warns if some are left out."""
     largest = max(math.prod(call.output_shape) * call.rows for decision in plan for call in decision.site.calls)
     most = _MEMORY / (largest * 4 * _LIVE_MAPS)
-    total, kept = 0, []
+    total = 0
+    kept: list[Example] = []
     for chunk in chunks:
         if kept and total + chunk.batch > most:
             warnings.warn(

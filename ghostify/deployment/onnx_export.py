@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from ghostify.deployment.manifest import ghostify_version
@@ -42,9 +42,10 @@ def export_onnx(
     """Write a model as one ONNX file with a dynamic batch, checked against the model in onnxruntime.
 
     What is exported is a float32 copy on the CPU, in evaluation mode; the model is left as found.
-    Weights or inputs in channels_last make the same file as others. A float32 model on the CPU is itself the reference of the comparison; one in half
-    precision or elsewhere is represented by that copy, so that its own rounding does not count.
-    The file appears under its name only after the comparison.
+    Weights or inputs in channels_last make the same file as others. A float32 model on the CPU is
+    itself the reference of the comparison; one in half precision or elsewhere is represented by
+    that copy, so that its own rounding does not count. The file appears under its name only after
+    the comparison.
 
     Args:
         model: Any model that ``torch.export`` can read, converted or not.

@@ -43,11 +43,12 @@ class CifarResNet(nn.Module):
         blocks: Blocks in each of the three stages (``n``).
         num_classes: Classes.
         width: Channels of the first stage.
+        in_channels: Channels of the images.
     """
 
-    def __init__(self, blocks: int, num_classes: int = 10, width: int = 16) -> None:
+    def __init__(self, blocks: int, num_classes: int = 10, width: int = 16, in_channels: int = 3) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = self._stage(width, width, blocks, 1)
         self.layer2 = self._stage(width, 2 * width, blocks, 2)
