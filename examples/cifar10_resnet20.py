@@ -62,7 +62,9 @@ def main() -> None:
         config=ghostify.DistillConfig(lr=options.lr, seed=options.seed),
     )
     start = run.start
-    print(f"validation accuracy {100 * start.accuracy:.2f} % at the start (teacher {100 * start.teacher_accuracy:.2f} %)")
+    print(
+        f"validation accuracy {100 * start.accuracy:.2f} % at the start (teacher {100 * start.teacher_accuracy:.2f} %)"
+    )
     for epoch in run.history:
         print(
             f"validation accuracy {100 * epoch.val_accuracy:.2f} % after epoch {epoch.epoch} "

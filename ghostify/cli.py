@@ -1,0 +1,328 @@
+"""The command ``ghostify``: one sub-command for each verb of the library, same names and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TextIO
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from ghostify.conversion import INITIALISERS, apply
+from ghostify.deployment import export_onnx, load, save
+from ghostify.distillation import DistillConfig, Splits, distill, load_data
+from ghostify.distillation.datasets import DataOptions
+from ghostify.distillation.images import ImageBatches
+from ghostify.errors import GhostifyError, InputsError, OptionError
+from ghostify.files import atomic_file
+from ghostify.planning import Override, plan
+from ghostify.reporting import compare
+from ghostify.spec import GhostSpec, Plan
+from ghostify.zoo import input_shape, load_model
+
+app = typer.Typer(
+    help="Turn a trained CNN into a Ghost network: plan, convert, distil, compare, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory")]
+Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a converted model")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="file of trained weights for MODEL")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="take the library's own trained weights")]
+Shape = Annotated[str | None, typer.Option("--input-shape", help="shape of one input, such as 3,224,224")]
+Ratio = Annotated[float, typer.Option("--ratio", "-s", help="output channels / intrinsic channels, ≥ 1")]
+DwSize = Annotated[int, typer.Option("--dw-size", "-d", help="side of the depthwise kernels, odd")]
+Fusion = Annotated[str, typer.Option("--fusion", help="concat, add or mul")]
+Placement = Annotated[str, typer.Option("--placement", help="linear or paper")]
+Skip = Annotated[list[str] | None, typer.Option("--skip", help="name or pattern of layers to keep; repeatable")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--override", help="PATTERN=RATIO, or PATTERN=keep, for single layers; repeatable")
+]
+Data = Annotated[str, typer.Option("--data", help="digits, mnist, parquet:FOLDER or package.module:factory")]
+OptionalData = Annotated[str | None, typer.Option("--data", help="score on the test part of this data set")]
+Batch = Annotated[int, typer.Option("--batch-size", help="images in a batch")]
+Seed = Annotated[int, typer.Option("--seed", help="of everything random")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on standard output")]
+
+
+@app.command(
+    "plan",
+    epilog="Example: ghostify plan torchvision:resnet18 --ratio 2 --override 'layer4.*=3' --out plan.json",
+)
+def plan_command(
+    model: Model,
+    ratio: Ratio = 2.0,
+    dw_size: DwSize = 3,
+    fusion: Fusion = "concat",
+    placement: Placement = "linear",
+    skip: Skip = None,
+    override: Overrides = None,
+    input_shape: Shape = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="store the plan in this JSON file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show, before anything is changed, what happens to every convolution and what it saves."""
+    network = load_model(model)
+    made = plan(
+        network,
+        example_inputs=_example(network, model, input_shape),
+        spec=_spec(ratio, dw_size, fusion, placement),
+        skip=skip or (),
+        overrides=_overrides(override),
+    )
+    if out is not None:
+        with atomic_file(out) as temporary:
+            temporary.write_text(made.to_json(), encoding="utf-8")
+    _show(made.to_json() if as_json else f"{made}{_stored(out)}")
+
+
+@app.command(
+    "convert",
+    epilog="Example: ghostify convert torchvision:mobilenet_v2 --weights mobilenet_v2.pth --plan plan.json --out small",
+)
+def convert_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the converted model")],
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="a stored plan; else one is made")] = None,
+    ratio: Ratio = 2.0,
+    dw_size: DwSize = 3,
+    fusion: Fusion = "concat",
+    placement: Placement = "linear",
+    skip: Skip = None,
+    override: Overrides = None,
+    calibration: Annotated[str | None, typer.Option(help="data set to start the new layers on, as --data")] = None,
+    images: Annotated[int, typer.Option(help="how many of its training images")] = 512,
+    initialiser: Annotated[str | None, typer.Option(help=f"one of {', '.join(INITIALISERS)}")] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    input_shape: Shape = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Replace convolutions by Ghost units that start from the old weights, and store the result."""
+    network = load_model(model, pretrained=pretrained, weights=weights)
+    inputs = None if calibration is None else _sample(load_data(calibration, DataOptions(seed=seed)), images)
+    example = inputs[:1] if inputs is not None else _example(network, model, input_shape)
+    if plan_file is not None:
+        made = Plan.from_json(_read(plan_file))
+    else:
+        made = plan(
+            network,
+            example_inputs=example,
+            spec=_spec(ratio, dw_size, fusion, placement),
+            skip=skip or (),
+            overrides=_overrides(override),
+        )
+    student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)
+    save(student, out)
+    _show(made.to_json() if as_json else f"{made}{_stored(out)}")
+
+
+@app.command(
+    "distill",
+    epilog="Example: ghostify distill my.models:resnet20 small --weights resnet20.safetensors "
+    "--data parquet:cifar10 --epochs 30 --out run",
+)
+def distill_command(
+    model: Model,
+    student: Student,
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for checkpoints, history and the trained student")],
+    epochs: Annotated[int, typer.Option(help="how often to go through the training data")] = 10,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = 0.05,
+    hard_weight: Annotated[float, typer.Option(help="weight of the labels, 0 to 1; the teacher has the rest")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="softens both networks' answers")] = 4.0,
+    batch_size: Batch = 128,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a converted model to answer like the original one; OUT/student is the result."""
+    teacher = load_model(model, pretrained=pretrained, weights=weights)
+    small = load(student, base=teacher)
+    splits = load_data(data, DataOptions(batch_size=batch_size, seed=seed))
+    config = DistillConfig(lr=lr, hard_weight=hard_weight, temperature=temperature, seed=seed)
+    run = distill(small, teacher=teacher, data=splits.train, val=splits.val, epochs=epochs, out=out, config=config)
+    save(small, out / "student")
+    if as_json:
+        _show(json.dumps([dataclasses.asdict(epoch) for epoch in run.history], indent=1))
+        return
+    lines = [
+        f"epoch {epoch.epoch}: loss {epoch.loss:.4f}, validation accuracy "
+        + ("unknown" if epoch.val_accuracy is None else f"{100 * epoch.val_accuracy:.2f} %")
+        for epoch in run.history
+    ]
+    _show("\n".join([*lines, f"best: epoch {run.best_epoch}"]) + _stored(out / "student"))
+
+
+@app.command(
+    "compare",
+    epilog="Example: ghostify compare my.models:resnet20 run/student --weights resnet20.safetensors "
+    "--data parquet:cifar10 --out report.html",
+)
+def compare_command(
+    model: Model,
+    student: Student,
+    data: OptionalData = None,
+    out: Annotated[
+        list[Path] | None, typer.Option("--out", "-o", help="write .html, .md, .json, .csv or .txt; repeatable")
+    ] = None,
+    history: Annotated[Path | None, typer.Option(help="history.json of a distillation, for its curves")] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    input_shape: Shape = None,
+    as_json: Json = False,
+) -> None:
+    """Compare original and converted model: parameters, MACs, latency, and accuracy where data are given."""
+    original = load_model(model, pretrained=pretrained, weights=weights)
+    small = load(student, base=original)
+    splits = None if data is None else load_data(data)
+    example = _sample(splits, 1) if splits is not None and input_shape is None else None
+    report = compare(
+        original,
+        small,
+        example_inputs=_example(original, model, input_shape) if example is None else example,
+        data=None if splits is None else splits.test,
+        history=() if history is None else _epochs(history),
+    )
+    for path in out or []:
+        report.save(path)
+    _show(report.to_json() if as_json else f"{report}{''.join(_stored(path) for path in out or [])}")
+
+
+@app.command("export", epilog="Example: ghostify export my.models:resnet20 run/student --out small.onnx")
+def export_command(
+    model: Model,
+    student: Student,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the ONNX file")],
+    input_shape: Shape = None,
+    opset: Annotated[int | None, typer.Option(help="version of the operator set")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a converted model as ONNX, checked in onnxruntime before the file appears."""
+    base = load_model(model)
+    check = export_onnx(load(student, base=base), out, example_inputs=_example(base, model, input_shape), opset=opset)
+    _show(json.dumps(dataclasses.asdict(check), indent=1, default=str) if as_json else str(check))
+
+
+@app.command("demo", epilog="Example: ghostify demo --out demo-run")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for everything that is made")] = Path("demo-run"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole way on 5,000 handwritten digits: train, ghostify, distil, compare, store, export."""
+    from ghostify.demo import run_demo
+
+    report = run_demo(out, seed=seed, say=lambda line: _show(line, sys.stderr if as_json else sys.stdout))
+    if as_json:
+        _show(report.to_json())
+
+
+def main() -> NoReturn:
+    """Run the command: exit status 0, 1 for an error that is told in one line, 2 for wrong usage."""
+    warnings.showwarning = _short_warning
+    try:
+        app()
+    except GhostifyError as error:
+        line = " ".join(str(error).split())
+        print(f"ghostify: {line}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _short_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Warnings in one line, without the line of code."""
+    print(f"note: {message}", file=file or sys.stderr)
+
+
+def _show(text: str, stream: TextIO | None = None) -> None:
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def _stored(path: Path | None) -> str:
+    return "" if path is None else f"\nstored in {path}"
+
+
+def _spec(ratio: float, dw_size: int, fusion: str, placement: str) -> GhostSpec:
+    # GhostSpec itself checks the words.
+    return GhostSpec(ratio, dw_size, fusion, placement)  # type: ignore[arg-type]
+
+
+def _overrides(texts: list[str] | None) -> dict[str, Override]:
+    """Read ``PATTERN=RATIO`` and ``PATTERN=keep``."""
+    read: dict[str, Override] = {}
+    for text in texts or []:
+        pattern, equals, value = text.rpartition("=")
+        if not equals or not pattern:
+            raise OptionError(f"override={text!r} has no '='. Write PATTERN=RATIO or PATTERN=keep, as in 'layer4.*=3'.")
+        try:
+            read[pattern] = None if value == "keep" else float(value)
+        except ValueError as error:
+            raise OptionError(f"override={text!r}: {value!r} is neither a ratio nor 'keep'.") from error
+    return read
+
+
+def _example(model: nn.Module, name: str, shape: str | None) -> Tensor:
+    """One random input of the shape that was given, or that the model's library tells."""
+    if shape is None:
+        known = input_shape(model, name)
+        if known is None:
+            raise InputsError(
+                f"model={name!r} does not tell the shape of its inputs. Pass it: --input-shape 3,224,224."
+            )
+        sides = known
+    else:
+        if not re.fullmatch(r"\d+([,x×]\d+)*", shape):
+            raise OptionError(f"input-shape={shape!r} is not a list of numbers. Write it as 3,224,224.")
+        sides = tuple(int(side) for side in re.split("[,x×]", shape))
+    return torch.randn(1, *sides, generator=torch.Generator().manual_seed(0))
+
+
+def _sample(splits: Splits, images: int) -> Tensor:
+    """Training images as the models see them, without augmentation where the data set can give them so."""
+    if isinstance(splits.train, ImageBatches):
+        return splits.train.sample(images)
+    found: list[Tensor] = []
+    for batch in splits.train:
+        found.append(batch if isinstance(batch, Tensor) else batch[0])
+        if sum(map(len, found)) >= images:
+            break
+    if not found:
+        raise InputsError(f"data={splits.name!r} has no training images.")
+    return torch.cat(found)[:images]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputsError(
+            f"path={str(path)!r} cannot be read: {error}. Name a file that was written by ghostify."
+        ) from error
+
+
+def _epochs(path: Path) -> list[Any]:
+    try:
+        epochs = json.loads(_read(path))["epochs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputsError(f"history={str(path)!r} is no history of a distillation: {error!r}.") from error
+    return list(epochs)
