@@ -1,0 +1,56 @@
+"""Every example is run, as a user would run it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+def run(name, *arguments, folder):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(REPOSITORY / "examples" / name), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_resnet(tmp_path):
+    printed = run("ghostify_resnet.py", "--size", 64, folder=tmp_path)
+    assert "ResNet: 19 of 20 convolutions become Ghost units" in printed
+    assert "11,689,512 → " in printed
+    assert {path.name for path in (tmp_path / "resnet18-ghost").iterdir()} == {"model", "model.onnx"}
+
+
+def test_mobilenet(tmp_path):
+    printed = run("ghostify_mobilenet.py", "--size", 64, folder=tmp_path)
+    assert "skipped by 'features.1.*'" in printed
+    assert "depthwise: cheap already" in printed
+    assert (tmp_path / "mobilenet-ghost" / "plan.json").is_file()
+
+
+def test_comparison(tmp_path):
+    printed = run("compare_models.py", "--epochs", 2, folder=tmp_path)
+    assert "top-1 accuracy" in printed
+    written = {path.suffix for path in (tmp_path / "comparison").iterdir()}
+    assert written == {".html", ".md", ".json", ".csv"}
+
+
+def test_all_examples_are_tested():
+    text = Path(__file__).read_text(encoding="utf-8")
+    for example in (REPOSITORY / "examples").glob("*.py"):
+        assert f'"{example.name}"' in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs CIFAR-10 and trained weights in ../shared/data")
+@pytest.mark.parametrize(("initialiser", "least", "most"), [("sequential", 87.0, 91.8), ("random", 60.0, 85.0)])
+def test_cifar10_resnet20(tmp_path, initialiser, least, most):
+    printed = run("cifar10_resnet20.py", "--epochs", 3, "--initialiser", initialiser, folder=tmp_path)
+    row = next(line for line in printed.splitlines() if line.startswith("top-1 accuracy")).split()
+    assert float(row[2]) == pytest.approx(91.7, abs=0.1)
+    assert least <= float(row[4]) <= most
