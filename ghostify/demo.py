@@ -22,9 +22,7 @@ TEACHER_EPOCHS = 15
 STUDENT_EPOCHS = 15
 
 
-def run_demo(
-    out: str | os.PathLike[str] = "demo-run", *, seed: int = 0, say: Callable[[str], None] = print
-) -> Report:
+def run_demo(out: str | os.PathLike[str] = "demo-run", *, seed: int = 0, say: Callable[[str], None] = print) -> Report:
     """Train a ResNet-8 on 5,000 MNIST digits, ghostify it at ratio 2, distil, compare, store, export.
 
     3,500 digits train, 500 choose the best epoch, and 1,000 that nothing has seen are scored once,

@@ -72,7 +72,8 @@ def _greedy(gain: Matrix, count: int, room: int, groups: int) -> Indices:
         loss[:, closed] = np.inf
         if not quota[group[ghost]]:
             least[group == group[ghost]] = np.inf
-        for orphan in np.flatnonzero(np.isin(parent, closed) & np.isfinite(least)):
+        orphaned = parent == ghost if free[chosen] else (parent == ghost) | (parent == chosen)
+        for orphan in np.flatnonzero(orphaned & np.isfinite(least)):
             parent[orphan] = loss[orphan].argmin()
             least[orphan] = loss[orphan, parent[orphan]]
     return np.flatnonzero(~is_ghost)

@@ -52,7 +52,7 @@ def solve_kernels(unit: GhostConv2d, conv: nn.Conv2d, norm: nn.Module | None, ex
     positions = layout[m:] if fusion == "concat" else layout
     primary = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)]
     parents = primary[unit.parents()]
-    filters = conv.weight.detach().double()
+    filters = conv.weight.detach().float()
     stride, dilation = conv.stride, conv.dilation
     if fusion == "mul":
         # A gate that is constant: the best multiple of the parent.
@@ -65,7 +65,7 @@ def solve_kernels(unit: GhostConv2d, conv: nn.Conv2d, norm: nn.Module | None, ex
     same_group = (parents // (conv.out_channels // conv.groups)) == (positions // (conv.out_channels // conv.groups))
     cross = _correlation(filters[parents], filters[positions], stride, dilation, half).flatten(1)
     cross = cross * same_group[:, None].to(cross)
-    kernels = ridge_solve(gram, cross.unsqueeze(-1), _RIDGE).squeeze(-1).view(-1, side, side)
+    kernels = ridge_solve(gram.double(), cross.double().unsqueeze(-1), _RIDGE).squeeze(-1).view(-1, side, side)
     total = kernels.sum((1, 2))
     bias = None
     if conv.bias is not None:
@@ -85,16 +85,16 @@ def solve_kernels(unit: GhostConv2d, conv: nn.Conv2d, norm: nn.Module | None, ex
 def _correlation(a: Tensor, b: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], reach: int) -> Tensor:
     """``R_ab(δ)`` of pairs of filters ``(k, c, h, w)`` for offsets up to ``reach``: ``(k, 2·reach+1, 2·reach+1)``."""
     a, b = _spread(a, dilation), _spread(b, dilation)
-    padded = F.pad(b, (reach * stride[1], reach * stride[1], reach * stride[0], reach * stride[0]))
-    pairs, channels = a.shape[:2]
-    # One depthwise correlation of all pairs and channels at once, summed over the channels.
-    made = F.conv2d(
-        padded.reshape(1, pairs * channels, *padded.shape[2:]),
-        a.reshape(pairs * channels, 1, *a.shape[2:]),
-        stride=(stride[0], stride[1]),
-        groups=pairs * channels,
-    )
-    return made.view(pairs, channels, 2 * reach + 1, 2 * reach + 1).sum(1)
+    made = a.new_zeros(len(a), 2 * reach + 1, 2 * reach + 1)
+    height, width = a.shape[2:]
+    for row in range(-reach, reach + 1):
+        for column in range(-reach, reach + 1):
+            down, right = row * stride[0], column * stride[1]
+            if abs(down) < height and abs(right) < width:  # else the filters do not meet
+                mine = a[:, :, max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
+                theirs = b[:, :, max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
+                made[:, reach + row, reach + column] = torch.einsum("kchw,kchw->k", mine, theirs)
+    return made
 
 
 def _spread(filters: Tensor, dilation: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -99,8 +100,10 @@ def plan_traced(
         decisions=decisions,
     )
     if not made.replaced:
+        reasons = Counter(decision.reason for decision in made)
         raise NothingToConvertError(
-            f"No convolution of {made.model} is left to replace:\n{made.table()}\n"
+            f"No convolution of {made.model} is left to replace: "
+            f"{', '.join(f'{reason} ({count})' for reason, count in reasons.most_common(5))}. "
             "An override such as overrides={'NAME': 2} outranks a skip and the habits (first layer, output layer)."
         )
     return made
@@ -165,5 +168,7 @@ def _override_spec(pattern: str, value: Override, default: GhostSpec) -> GhostSp
 def _check_pattern(option: str, pattern: str, names: list[str]) -> None:
     if any(fnmatchcase(name, pattern) for name in names):
         return
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+    # A pattern names a branch of the model as often as a layer, so branches are offered too.
+    branches = {name.rsplit(".", depth)[0] for name in names for depth in range(name.count(".") + 1)}
+    near = difflib.get_close_matches(pattern.rstrip(".*"), sorted(branches), n=3, cutoff=0.4) or names[:3]
     raise PatternError(f"{option}={pattern!r} matches no convolution of the model. Near it are: {', '.join(near)}.")
