@@ -1,0 +1,228 @@
+"""Conversions, seen from outside: what comes back, from which start, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ghostify
+from ghostify import GhostConv2d, GhostSpec
+from ghostify.conversion import INITIALISERS
+from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError
+from ghostify.nn.cifar import CifarResNet, resnet20, resnet56
+from ghostify.nn.selection import select_channels
+from ghostify.tracing import evaluating
+
+X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def net():
+    """A small residual network whose norms have seen something."""
+    torch.manual_seed(0)
+    model = CifarResNet(1, width=8)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model
+
+
+def error(small, model):
+    with torch.no_grad(), evaluating(small, model):
+        return float((small(X) - model(X)).square().mean() / model(X).var())
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+@pytest.mark.parametrize("fusion", ["concat", "add", "mul"])
+@pytest.mark.parametrize("placement", ["linear", "paper"])
+def test_every_start(name, fusion, placement):
+    model = net().train()
+    model.layer2.eval()
+    state = copy.deepcopy(model.state_dict())
+    spec = GhostSpec(2, 3, fusion, placement)
+    made = [
+        ghostify.convert(model, spec=spec, example_inputs=X, calibration=IMAGES, initialiser=name, seed=3)
+        for _ in range(2)
+    ]
+    small = made[0]
+    assert type(small) is CifarResNet
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] != [False] * len(list(model.modules()))
+    assert small.layer1.training
+    assert not any(module.training for module in small.layer2.modules())
+    assert all(torch.equal(a, b) for a, b in zip(made[0].state_dict().values(), made[1].state_dict().values()))
+    assert sum(p.numel() for p in small.parameters()) == small.ghostify_plan.params_after
+    assert {key for key in state if key.startswith("linear")} <= set(small.state_dict())
+
+
+def test_better_starts_are_better():
+    model = net()
+    errors = {
+        name: error(ghostify.convert(model, example_inputs=X, calibration=IMAGES, initialiser=name), model)
+        for name in ("first", "least-squares", "sequential")
+    }
+    assert errors["sequential"] < errors["least-squares"] < errors["first"]
+
+
+def test_without_calibration_the_weights_are_used():
+    model = net()
+    default = ghostify.convert(model, example_inputs=X)
+    named = ghostify.convert(model, example_inputs=X, initialiser="weights")
+    assert all(torch.equal(a, b) for a, b in zip(default.state_dict().values(), named.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["weights", "least-squares", "sequential"])
+def test_a_layer_that_can_be_represented_is_recovered(name):
+    """Four filters and four multiples of them, shuffled: a Ghost unit can be exact, so it must be."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 8, 3, bias=False, padding=1)
+    with torch.no_grad():
+        conv.weight[4:] = conv.weight[:4] * torch.tensor([2.0, -1.0, 0.5, 3.0]).view(-1, 1, 1, 1)
+        conv.weight.copy_(conv.weight[torch.randperm(8)])
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), conv, nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 256, 2)).eval()
+    small = ghostify.convert(model, example_inputs=X, calibration=IMAGES, initialiser=name)
+    assert isinstance(small[1], GhostConv2d)
+    assert error(small, model) < 1e-4
+
+
+@pytest.mark.parametrize("inputs", [IMAGES, [IMAGES[:40], IMAGES[40:]], [(IMAGES, torch.zeros(96))]])
+def test_forms_of_calibration(inputs):
+    small = ghostify.convert(net(), ratio=2, calibration=inputs)
+    assert error(small, net()) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("calibration", "told"),
+    [([], "calibration is empty"), (IMAGES * float("nan"), "NaN"), ([3], "type int")],
+)
+def test_bad_calibration(calibration, told):
+    with pytest.raises(InputsError, match=told):
+        ghostify.convert(net(), example_inputs=X, calibration=calibration)
+
+
+def test_unknown_initialiser_and_missing_calibration():
+    with pytest.raises(OptionError, match="initialiser='best'"):
+        ghostify.convert(net(), example_inputs=X, initialiser="best")
+    with pytest.raises(OptionError, match="needs calibration"):
+        ghostify.convert(net(), example_inputs=X, initialiser="sequential")
+
+
+def test_a_plan_for_another_model():
+    plan = ghostify.plan(resnet20(), example_inputs=torch.zeros(1, 3, 32, 32))
+    with pytest.raises(PlanMismatchError, match="another model"):
+        ghostify.apply(plan, net())
+    with pytest.raises(PlanMismatchError, match="other parameters"):
+        ghostify.apply(plan, resnet56())
+
+
+def test_an_error_leaves_the_model_alone():
+    model = net().train()
+    state = copy.deepcopy(model.state_dict())
+
+    def broken(conversion):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        ghostify.convert(model, example_inputs=X, initialiser=broken)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_converted_model_has_nothing_left_to_convert():
+    small = ghostify.convert(net(), example_inputs=X)
+    with pytest.raises(ghostify.GhostifyError, match="inside a Ghost unit"):
+        ghostify.convert(small, example_inputs=X)
+
+
+@pytest.mark.parametrize("fault", ["shape", "nan"])
+def test_a_unit_that_breaks_its_promise_is_caught(fault, monkeypatch):
+    forward = GhostConv2d.forward
+
+    def wrong(self, x):
+        made = forward(self, x)
+        return made[:, :, 1:] if fault == "shape" else made * float("nan")
+
+    monkeypatch.setattr(GhostConv2d, "forward", wrong)
+    with pytest.raises(ConversionError):
+        ghostify.convert(net(), example_inputs=X)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net(x) if x.sum() > -1e9 else x
+
+
+def test_what_fx_cannot_trace_is_converted_from_a_recorded_run():
+    model = Untraceable().eval()
+    small = ghostify.convert(model, example_inputs=X, calibration=IMAGES)
+    assert small.ghostify_plan.trace_way == "recorded"
+    assert "FX could not trace" in str(small.ghostify_plan)
+    assert len(small.ghostify_plan.replaced) == 6
+    plain = ghostify.convert(model, example_inputs=X, initialiser="first")
+    assert error(small, model) < error(plain, model)
+
+
+class InPlace(nn.Module):
+    """Adds in place to tensors that both branches read."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.a = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        shared = self.stem(x)
+        out = self.norm(self.a(shared))
+        shared += out
+        shared.relu_()
+        shared += self.b(F.relu(shared))
+        return self.head(shared.mean((2, 3)))
+
+
+def test_the_walk_computes_what_the_models_compute():
+    torch.manual_seed(0)
+    model = InPlace().eval()
+    seen = {}
+
+    def spy(conversion):
+        from ghostify.conversion.walk import walk_graph
+
+        graph, student = conversion.facts.graph, conversion.student
+        with torch.no_grad():
+            for visit in walk_graph(graph, model, student, conversion.decisions, conversion.chunks):
+                seen[visit.decision.site.name] = (visit.inputs[0].clone(), visit.targets[0].clone())
+
+    small = ghostify.convert(model, example_inputs=X, calibration=X, initialiser=spy)
+    caught = {}
+    for owner, side in ((small, 0), (model, 1)):
+        for name in ("a", "b"):
+            owner.get_submodule(name).register_forward_hook(
+                lambda module, args, output, key=(name, side): caught.update(
+                    {key: (args[0] if key[1] == 0 else output).clone()}
+                )
+            )
+        with torch.no_grad():
+            owner(X)
+    for name, (inputs, targets) in seen.items():
+        assert torch.allclose(inputs, caught[name, 0], atol=1e-5)
+        assert torch.allclose(targets, caught[name, 1], atol=1e-5)
+    assert set(seen) == {"a", "b"}
+
+
+def test_chosen_channels_are_copied_and_nothing_else():
+    conv = nn.Conv2d(3, 8, 3)
+    half = select_channels(conv, torch.tensor([7, 0]), 8)
+    assert torch.equal(half.weight, conv.weight[[7, 0]])
+    assert torch.equal(half.bias, conv.bias[[7, 0]])
+    assert half.weight.data_ptr() != conv.weight.data_ptr()

@@ -1,0 +1,122 @@
+"""The Ghost unit against the convolution that it replaces, for any options of either."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ghostify import GhostConv2d, GhostSpec
+from ghostify.errors import OptionError
+from ghostify.nn.layout import intrinsic_positions, natural_layout
+from ghostify.planning.cost import ghost_macs, ghost_params
+from ghostify.tracing import count_macs, trace
+
+
+@st.composite
+def convolutions(draw):
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    same = draw(st.booleans())
+    return nn.Conv2d(
+        groups * draw(st.integers(1, 4)),
+        groups * draw(st.integers(1, 7)),
+        kernel,
+        stride=1 if same else draw(st.integers(1, 2)),
+        padding="same" if same else draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
+        dilation=draw(st.integers(1, 2)),
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+    )
+
+
+specs = st.builds(
+    GhostSpec,
+    st.one_of(st.integers(1, 6), st.floats(1, 6)),
+    st.sampled_from([1, 3, 5]),
+    st.sampled_from(["concat", "add", "mul"]),
+    st.sampled_from(["linear", "paper"]),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(conv=convolutions(), spec=specs)
+def test_shape_cost_state_and_gradients(conv, spec):
+    n = conv.out_channels
+    unit = GhostConv2d.from_conv(conv, spec, norm=nn.BatchNorm2d(n), activation=nn.ReLU())
+    x = torch.randn(2, conv.in_channels, 9, 8)
+    made, wanted = unit(x), conv(x)
+    assert made.shape == wanted.shape
+    assert made.dtype == wanted.dtype
+    made.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in unit.parameters())
+    plain = GhostConv2d.from_conv(conv, GhostSpec(spec.ratio, spec.dw_size, spec.fusion))
+    site = trace(nn.Sequential(conv), x).sites[0]
+    assert ghost_params(site, plain.spec) == sum(parameter.numel() for parameter in plain.parameters())
+    assert ghost_macs(site, plain.spec) == count_macs(plain, x).macs
+    again = GhostConv2d.from_conv(conv, spec, norm=nn.BatchNorm2d(n), activation=nn.ReLU())
+    again.load_state_dict(unit.state_dict())
+    assert torch.equal(again.eval()(x), unit.eval()(x))
+
+
+@settings(deadline=None, max_examples=60)
+@given(conv=convolutions(), spec=specs, seed=st.integers(0, 99))
+def test_intrinsic_channels_are_the_originals_in_their_places(conv, spec, seed):
+    spec = GhostSpec(spec.ratio, spec.dw_size, "mul" if spec.fusion == "mul" else "concat")
+    n = conv.out_channels
+    layout = natural_layout(spec, n, conv.groups)
+    if conv.groups == 1:
+        layout = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    unit = GhostConv2d.from_conv(conv, spec, layout=layout)
+    rows = layout[intrinsic_positions(spec, n, conv.groups)]
+    x = torch.randn(2, conv.in_channels, 9, 8)
+    assert torch.allclose(unit(x)[:, rows], conv(x)[:, rows], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(conv=convolutions())
+def test_ratio_1_is_the_original(conv):
+    x = torch.randn(2, conv.in_channels, 9, 8)
+    assert torch.equal(GhostConv2d.from_conv(conv, GhostSpec(1))(x), conv(x))
+
+
+def test_a_state_without_an_order_loads_into_a_unit_with_one_and_back():
+    conv, spec = nn.Conv2d(3, 6, 3), GhostSpec(2)
+    ordered = GhostConv2d.from_conv(conv, spec, layout=torch.tensor([5, 3, 1, 0, 2, 4]))
+    natural = GhostConv2d.from_conv(conv, spec)
+    x = torch.randn(1, 3, 5, 5)
+    before = ordered(x)
+    copy = GhostConv2d.from_conv(conv, spec)
+    copy.load_state_dict(ordered.state_dict())
+    assert torch.equal(copy(x), before)
+    copy.load_state_dict(natural.state_dict())
+    assert torch.equal(copy(x), natural(x))
+
+
+def test_a_subclass_keeps_its_own_forward():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, self.bias, self.stride)
+
+    conv = Standardised(3, 6, 2)
+    unit = GhostConv2d.from_conv(conv, GhostSpec(2))
+    x = torch.randn(1, 3, 5, 5)
+    assert torch.allclose(unit(x)[:, :3], conv(x)[:, :3], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"ratio": "2"}, {"ratio": float("nan")}, {"ratio": True}])
+def test_bad_ratios(options):
+    with pytest.raises(OptionError, match="ratio="):
+        GhostSpec(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"dw_size": 4}, "dw_size=4"), ({"fusion": "sum"}, "fusion='sum'"), ({"placement": "x"}, "placement='x'")],
+)
+def test_other_bad_options(options, told):
+    with pytest.raises(OptionError, match=told):
+        GhostSpec(**options)
