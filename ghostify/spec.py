@@ -77,7 +77,8 @@ class GhostSpec:
             out_channels: Output channels ``n`` of the whole unit.
             groups: Groups of the primary convolution.
         """
-        return groups * math.ceil(out_channels / groups / self.ratio)
+        # Twenty-one channels at ratio 1.4 are fifteen, also where the division rounds to 15.000000000000002.
+        return groups * max(1, math.ceil(out_channels / groups / self.ratio - 1e-9))
 
     def cheap_channels(self, out_channels: int, groups: int = 1) -> int:
         """Channels that the cheap operation computes: ``n - m`` for ``concat``, all ``n`` for ``add`` and ``mul``."""
@@ -147,6 +148,7 @@ class Site:
         order: Position among all sites in order of first execution; -1 if never called.
         obstacle: Why the module cannot be replaced without changing its meaning; empty if it can.
         chain: What follows; ``None`` where the graph is unknown.
+        transposed: Whether it is a transposed convolution, which spreads inputs instead of gathering them.
     """
 
     name: str
@@ -163,6 +165,7 @@ class Site:
     order: int
     obstacle: str = ""
     chain: Chain | None = None
+    transposed: bool = False
 
     __pydantic_config__ = _FORBID_EXTRA
 

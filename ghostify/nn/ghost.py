@@ -43,6 +43,7 @@ class CheapOperation(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.copies = copies
         self.extra = extra
         self.has_bias = bias
@@ -60,11 +61,11 @@ class CheapOperation(nn.Module):
         if self.every is None:
             return self._of_first(primary)
         maps: Tensor = self.every(primary)
-        return torch.cat([maps, self._of_first(primary)], dim=1) if self.extra else maps
+        return torch.cat([maps, self._of_first(primary)], dim=-3) if self.extra else maps
 
     def _of_first(self, primary: Tensor) -> Tensor:
         assert self.first is not None  # the layout guarantees it: extra > 0
-        maps: Tensor = self.first(primary[:, : self.extra] if self.extra < primary.shape[1] else primary)
+        maps: Tensor = self.first(primary.narrow(-3, 0, self.extra) if self.extra < self.channels else primary)
         return maps
 
     def kernels(self) -> Tensor:
@@ -253,10 +254,10 @@ class GhostConv2d(nn.Module):
         return parents[self.intrinsic_channels :] if self.spec.fusion == "concat" else parents
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(b, c, h, w)`` to ``(b, n, h', w')``, channels in the original's order."""
+        """Map ``(b, c, h, w)`` or ``(c, h, w)`` to ``(b, n, h', w')`` or ``(n, h', w')``, in the original's order."""
         primary = self.primary(x)
         maps = primary if self.cheap_operation is None else self.fuse(primary, self.cheap(primary))
-        return maps if self.channel_order is None else maps.index_select(1, self.channel_order)
+        return maps if self.channel_order is None else maps.index_select(-3, self.channel_order)
 
     def primary(self, x: Tensor) -> Tensor:
         """The primary maps ``(b, m, h', w')`` of an input ``(b, c, h, w)``."""
@@ -280,20 +281,22 @@ class GhostConv2d(nn.Module):
     def fuse(self, primary: Tensor, cheap: Tensor) -> Tensor:
         """Both branches as ``(b, n, h', w')`` in the unit's own layout."""
         if self.spec.fusion == "concat":
-            return torch.cat([primary, cheap], dim=1)
+            return torch.cat([primary, cheap], dim=-3)
         repeated = self._repeat(primary)
         return repeated + cheap if self.spec.fusion == "add" else repeated * cheap
 
     def _repeat(self, primary: Tensor) -> Tensor:
         """Every primary map once for each output that stands on it, ``(b, n, h, w)``."""
-        copies, extra = divmod(self.out_channels, primary.shape[1])
-        maps = primary.repeat_interleave(copies, dim=1) if copies > 1 else primary
-        return torch.cat([maps, primary[:, :extra]], dim=1) if extra else maps
+        copies, extra = divmod(self.out_channels, self.intrinsic_channels)
+        maps = primary.repeat_interleave(copies, dim=-3) if copies > 1 else primary
+        return torch.cat([maps, primary.narrow(-3, 0, extra)], dim=-3) if extra else maps
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A stored state has an order or has none, whatever this unit has now.
-        stored = state_dict.get(f"{prefix}channel_order")
-        self.channel_order = None if stored is None else torch.empty_like(stored, device=next(self.parameters()).device)
+        # A stored state of this unit has an order or has none, whatever the unit has now.
+        if any(key.startswith(prefix) for key in state_dict):
+            stored = state_dict.get(f"{prefix}channel_order")
+            device = next(self.parameters()).device
+            self.channel_order = None if stored is None else torch.empty_like(stored, device=device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

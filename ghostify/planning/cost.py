@@ -16,6 +16,9 @@ def conv_macs(site: Site) -> int:
     Args:
         site: The facts of the convolution.
     """
+    if site.transposed:
+        per_pixel = site.out_channels // site.groups * math.prod(site.kernel_size)
+        return round(sum(per_pixel * math.prod(call.input_shape) * call.rows for call in site.calls))
     per_pixel = site.in_channels // site.groups * math.prod(site.kernel_size)
     return _times_pixels(site, site.out_channels * per_pixel)
 

@@ -92,14 +92,20 @@ class Example:
         args, kwargs = tree_map(move, (self.args, self.kwargs))
         return Example(args, kwargs)
 
+    def copied(self) -> Example:
+        """The same in tensors of its own, for a model that changes its inputs in place."""
+        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
     def run(self, model: nn.Module) -> Any:
-        """Call the model in evaluation mode without gradients; its modes and the global RNG are restored.
+        """Call the model in evaluation mode without gradients; it, the inputs and the global RNG stay as they were.
 
         Raises:
             TraceError: The model's forward raised.
         """
-        moved = self.to(model)
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        moved = self.to(model).copied()
+        with unmarked(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
             try:
                 return model(*moved.args, **moved.kwargs)
             except Exception as error:
@@ -123,3 +129,28 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def unmarked(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and undo afterwards whatever its forward left on it.
+
+    A forward may count its calls in a buffer or keep its last input as an attribute. Attributes,
+    the training flags among them, and buffers are as found afterwards, also after an error.
+    """
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for module, found, buffers in attributes:
+            for name in vars(module).keys() - found.keys():
+                del module.__dict__[name]
+            module.__dict__.update(found)
+            if any(module._buffers.get(name) is not buffer for name, buffer in buffers.items()):
+                module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ghostify.spec import Chain
-from ghostify.tracing.example import Example, evaluating
+from ghostify.tracing.example import Example, unmarked
 
 # Activations that act on every number alone and have no parameters: they may be copied.
 _MODULES: tuple[type[nn.Module], ...] = (
@@ -22,20 +23,26 @@ FUNCTIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "gelu": nn.GELU, "hardswish": nn.Hardswish,
     "hardsigmoid": nn.Hardsigmoid, "mish": nn.Mish, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh,
 }  # fmt: skip
+# Activations with parameters or arguments of their own.
+_OTHER_ACTIVATIONS = {
+    "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "hardtanh", "threshold", "softplus", "softsign",
+    "logsigmoid", "tanhshrink", "hardshrink", "softshrink", "clamp", "clip", "clamp_min",
+}  # fmt: skip
 _FUNCTION_TARGETS = {
     getattr(home, name): name for home in (torch, F) for name in FUNCTIONS if callable(getattr(home, name, None))
 }
 
 
 class _Tracer(fx.Tracer):
-    """Treats every module without children as one node, so convolutions and norms of any class stay whole."""
+    """Treats every convolution and every module without children as one node: whatever their class, they stay whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return next(m.children(), None) is None or super().is_leaf_module(m, module_qualified_name)
+        alone = isinstance(m, _ConvNd) or next(m.children(), None) is None
+        return alone or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace_graph(model: nn.Module, example: Example) -> fx.Graph:
-    """Trace a model symbolically, in evaluation mode; its modes are restored.
+    """Trace a model symbolically, in evaluation mode; it is left as it was.
 
     Arguments that the example does not give keep their defaults, so ``if mask is not None`` takes
     the branch that it takes in the example.
@@ -50,7 +57,7 @@ def trace_graph(model: nn.Module, example: Example) -> fx.Graph:
         for name, parameter in signature.parameters.items()
         if name not in given and parameter.default is not inspect.Parameter.empty
     }
-    with evaluating(model):
+    with unmarked(model), torch.random.fork_rng(devices=[]):
         return _Tracer().trace(model, concrete_args=defaults or None)
 
 
@@ -79,6 +86,7 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
         if _is_plain_batch_norm(module):
             if calls[str(follower.target)] == 1:
                 norm = str(follower.target)
+                obstacle = _norm_obstacle(module)
             else:
                 obstacle = f"its norm {follower.target} is used {calls[str(follower.target)]} times"
         elif "norm" in type(module).__name__.lower():
@@ -98,6 +106,13 @@ def _is_plain_batch_norm(module: nn.Module) -> bool:
     )
 
 
+def _norm_obstacle(norm: nn.Module) -> str:
+    """Why a batch norm cannot be shared out to the two branches; empty if it can."""
+    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        return "its norm carries hooks"
+    return "" if getattr(norm, "affine", True) else "its norm has no scale and shift"
+
+
 def _activation(node: fx.Node, model: nn.Module) -> tuple[str | None, str]:
     """Name the activation that ``node`` applies, and why it cannot be copied, if so."""
     if node.op == "call_module":
@@ -108,6 +123,9 @@ def _activation(node: fx.Node, model: nn.Module) -> tuple[str | None, str]:
             return None, f"its activation {type(module).__name__} cannot be copied"
         return None, ""
     name = _FUNCTION_TARGETS.get(node.target) if node.op == "call_function" else str(node.target).rstrip("_")
+    plain_name = getattr(node.target, "__name__", str(node.target)).strip("_")
+    if node.op in ("call_function", "call_method") and plain_name in _OTHER_ACTIVATIONS:
+        return None, f"its activation {plain_name} cannot be copied"
     if name not in FUNCTIONS or node.op not in ("call_function", "call_method"):
         return None, ""
     if len(node.args) > 1 or set(node.kwargs) - {"inplace"}:

@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from ghostify.errors import PlanError, TraceError
+from ghostify.nn.ghost import GhostConv2d
 from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
 from ghostify.tracing.example import Example, ExampleInputs
@@ -84,8 +85,16 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
     graph, note = _graph_or_reason(model, example, convolutions, calls)
     nodes = _nodes_by_module(graph)
     owners = _owners(model)
+    units = [f"{name}." for name, module in model.named_modules() if isinstance(module, GhostConv2d)]
     sites = [
-        _site(name, module, calls[name], _obstacle(name, module, owners), nodes.get(name), model)
+        _site(
+            name,
+            module,
+            calls[name],
+            "inside a Ghost unit" if name.startswith(tuple(units)) else _obstacle(name, module, owners),
+            nodes.get(name),
+            model,
+        )
         for name, module in convolutions.items()
     ]
     sites.sort(key=lambda site: (site.order < 0, site.order))
