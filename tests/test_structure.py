@@ -1,6 +1,7 @@
 """What holds the package together: the direction of imports, the facade, a light import."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,18 @@ import ghostify
 PACKAGE = Path(ghostify.__file__).parent
 BASE = ["errors", "spec", "extras", "files"]
 STAGES = ["nn", "tracing", "planning", "conversion", "distillation", "reporting", "deployment"]
-HEAVY = ["matplotlib", "jinja2", "onnx", "onnxruntime", "torchvision", "timm", "sklearn", "pyarrow", "accelerate"]
+HEAVY = [
+    "matplotlib",
+    "jinja2",
+    "onnx",
+    "onnxruntime",
+    "torchvision",
+    "timm",
+    "sklearn",
+    "pyarrow",
+    "accelerate",
+    "pandas",
+]
 
 
 def imported_parts(file):
@@ -57,3 +69,24 @@ def test_importing_is_light():
 def test_files_can_be_read_in_one_sitting():
     for file in PACKAGE.rglob("*.py"):
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file
+
+
+@pytest.mark.parametrize("name", [name for name in ghostify.__all__ if inspect.isroutine(getattr(ghostify, name))])
+def test_every_parameter_is_described(name):
+    """In the function's own docstring, or in that of the one it refers to for its arguments."""
+    function = getattr(ghostify, name)
+    documentation = inspect.getdoc(function)
+    if name == "convert":
+        documentation += inspect.getdoc(ghostify.plan) + inspect.getdoc(ghostify.apply)
+    missing = [p for p in inspect.signature(function).parameters if f"\n    {p}: " not in documentation]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", [name for name in ghostify.__all__ if inspect.isclass(getattr(ghostify, name))])
+def test_every_field_is_described(name):
+    kind = getattr(ghostify, name)
+    documentation = inspect.getdoc(kind)
+    parameters = [] if issubclass(kind, BaseException) else inspect.signature(kind).parameters
+    # Several may share an entry ("kernel_size: As in nn.Conv2d; so are the next six").
+    missing = [p for p in parameters if f"\n    {p}: " not in documentation and not p.startswith("_")]
+    assert not missing

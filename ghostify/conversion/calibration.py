@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostify.errors import InputsError
+from ghostify.errors import InputsError, TraceError
 from ghostify.tracing.example import Example
 
 Calibration = Tensor | Iterable[Any]
 
 MOST_IMAGES = 1024
 _CHUNK = 64
+_ADVICE = "Pass a few hundred inputs from the training data."
 
 
 def calibration_chunks(calibration: Calibration | None, model: nn.Module) -> list[Example]:
@@ -30,6 +31,12 @@ def calibration_chunks(calibration: Calibration | None, model: nn.Module) -> lis
     """
     if calibration is None:
         return []
+    kind = type(calibration)
+    iterable = hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
+    if not iterable or isinstance(calibration, str | bytes | Mapping):
+        raise InputsError(f"calibration has type {kind.__name__}; it must be a tensor (n, c, h, w) or many batches.")
+    if isinstance(calibration, Tensor) and calibration.numel() == 0:
+        raise InputsError(f"calibration is empty: shape {tuple(calibration.shape)}. {_ADVICE}")
     batches: Iterable[Any] = torch.split(calibration, _CHUNK) if isinstance(calibration, Tensor) else calibration
     chunks: list[Example] = []
     total = 0
@@ -40,12 +47,35 @@ def calibration_chunks(calibration: Calibration | None, model: nn.Module) -> lis
         if total >= MOST_IMAGES:
             break
     if not chunks:
-        raise InputsError("calibration is empty. Pass a few hundred inputs from the training data.")
+        raise InputsError(f"calibration is empty. {_ADVICE}")
     for chunk in chunks:
         for tensor in chunk.tensors():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputsError("calibration holds NaN or infinite numbers. Check how the inputs are normalised.")
     return chunks
+
+
+def check_runs(chunks: list[Example], example: Example, model: nn.Module) -> None:
+    """Run the model on one calibration batch of every shape or type that the example inputs do not have.
+
+    Raises:
+        InputsError: The model does not run on it.
+    """
+    known = {_kind(example.to(model))}
+    for chunk in chunks:
+        if _kind(chunk) in known:
+            continue
+        try:
+            chunk.run(model)
+        except TraceError as error:
+            raise InputsError(f"calibration does not fit the model: {error}") from error
+        known.add(_kind(chunk))
+
+
+def _kind(example: Example) -> tuple[object, ...]:
+    """What decides whether a model runs: names, shapes without the batch, types."""
+    tensors = tuple((tuple(tensor.shape[1:]), tensor.dtype) for tensor in example.tensors())
+    return (len(example.args), tuple(sorted(example.kwargs)), tensors)
 
 
 def _example(batch: Any) -> Example:

@@ -20,7 +20,7 @@ from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels, white_explained
 from ghostify.nn.ghost import GhostConv2d
 from ghostify.spec import Decision, Plan
-from ghostify.tracing import Example, Trace, evaluating
+from ghostify.tracing import Example, Trace, unmarked
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ NEED_CALIBRATION = frozenset({"least-squares", "sequential"})
 def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
     facts = conversion.facts
     chunks = _within_memory(conversion.chunks, conversion.plan)
-    with evaluating(facts.model), torch.no_grad():
+    with unmarked(facts.model), torch.no_grad():
         if facts.graph is not None:
             yield from walk_graph(facts.graph, facts.model, student, conversion.decisions, chunks)
         else:
@@ -175,11 +175,16 @@ def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> None:
         conversion.unit(decision),
         conversion.original(decision),
         norm,
-        inputs=visit.inputs,
-        targets=targets,
+        inputs=[_batched(x) for x in visit.inputs],
+        targets=[_batched(y) for y in targets],
         refit_primary=refit_primary,
         generator=torch.Generator().manual_seed(conversion.seed),
     )
+
+
+def _batched(maps: Tensor) -> Tensor:
+    """``(b, c, h, w)``, also of a map ``(c, h, w)`` without a batch."""
+    return maps if maps.dim() == 4 else maps.unsqueeze(0)
 
 
 def _through_norm(norm: nn.Module | None, channels: int) -> Tensor:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ghostify.conversion.calibration import Calibration, calibration_chunks
+from ghostify.conversion.calibration import Calibration, calibration_chunks, check_runs
 from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
 from ghostify.conversion.verification import verify
-from ghostify.errors import OptionError, PlanMismatchError
+from ghostify.errors import InputsError, OptionError, PlanMismatchError, TraceError
 from ghostify.nn.ghost import GhostConv2d
-from ghostify.planning import Override, chosen_spec, override_specs, plan_traced
+from ghostify.planning import Override, chosen_spec, override_specs, plan_traced, skip_patterns
 from ghostify.spec import Decision, GhostSpec, Plan
 from ghostify.tracing import Example, ExampleInputs, Trace, evaluating, fingerprint, trace
 from ghostify.tracing.graph import FUNCTIONS
@@ -45,9 +45,8 @@ def convert(
     default = chosen_spec(ratio, spec)
     start = _chosen_initialiser(initialiser, calibration)
     chunks = calibration_chunks(calibration, model)
-    facts = trace(model, chunks[0] if example_inputs is None and chunks else example_inputs)
-    skipped = [skip] if isinstance(skip, str) else list(skip)
-    plan = plan_traced(facts, default, skipped, override_specs(overrides, default))
+    facts = _facts(model, example_inputs, chunks)
+    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default))
     return _apply(plan, facts, chunks, start, seed)
 
 
@@ -89,8 +88,7 @@ def apply(
     check_fits(plan, model)
     start = _chosen_initialiser(initialiser, calibration)
     chunks = calibration_chunks(calibration, model)
-    known_inputs = chunks[0] if chunks else _made_up(plan, seed)
-    facts = trace(model, known_inputs if example_inputs is None else example_inputs)
+    facts = _facts(model, _made_up(plan, seed) if example_inputs is None and not chunks else example_inputs, chunks)
     known = {site.name: site for site in facts.sites}
     for decision in plan.replaced:
         if known[decision.site.name].obstacle:
@@ -112,7 +110,7 @@ def rebuild(plan: Plan, base: nn.Module) -> nn.Module:
         PlanMismatchError: The plan was made for another model.
     """
     check_fits(plan, base)
-    return _copy_with_units(base, plan.replaced, plan)
+    return _copy_with_units(base, plan.replaced, plan, seed=0)
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
@@ -134,19 +132,38 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
         )
 
 
+def _facts(model: nn.Module, example_inputs: ExampleInputs | None, chunks: list[Example]) -> Trace:
+    """Trace a model on its example inputs, or else on the first calibration batch; the others must run too."""
+    if example_inputs is not None or not chunks:
+        facts = trace(model, example_inputs)
+    else:
+        try:
+            facts = trace(model, chunks[0])
+        except TraceError as error:
+            raise InputsError(f"calibration does not fit the model: {error}") from error
+    check_runs(chunks, facts.example, model)
+    return facts
+
+
 def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, seed: int) -> nn.Module:
-    student = _copy_with_units(facts.model, plan.replaced, plan)
+    student = _copy_with_units(facts.model, plan.replaced, plan, seed)
     with evaluating(student):
         start(Conversion(plan, facts, student, chunks, seed))
     for decision in plan.replaced:
         # Modules that the initialiser made anew know only the evaluation mode of the moment.
         mode = facts.model.get_submodule(decision.site.name).training
-        student.get_submodule(decision.site.name).train(mode)
+        unit = student.get_submodule(decision.site.name).train(mode)
+        chain = decision.site.chain
+        if chain is not None and chain.norm is not None:
+            mode = facts.model.get_submodule(chain.norm).training  # a frozen norm stays frozen
+            for norm in (unit.primary_norm, unit.cheap_norm):
+                if isinstance(norm, nn.Module):
+                    norm.train(mode)
     verify(student, plan, facts)
     return student
 
 
-def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan) -> nn.Module:
+def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan, seed: int) -> nn.Module:
     """Deep-copy a model, with Ghost units where the decisions say so.
 
     The units are put into the copier's memo under their convolutions' identity: every alias finds
@@ -161,8 +178,9 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
         inside = decision.spec.placement == "paper" and chain is not None
         norm = model.get_submodule(chain.norm) if inside and chain is not None and chain.norm else None
         activation = _activation(chain.activation, model) if inside and chain is not None else None
-        unit = GhostConv2d.from_conv(conv, decision.spec, norm=norm, activation=activation)
-        memo[id(conv)] = unit
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + len(memo))
+            memo[id(conv)] = GhostConv2d.from_conv(conv, decision.spec, norm=norm, activation=activation)
         if norm is not None:
             memo[id(norm)] = nn.Identity().train(norm.training)
     student = copy.deepcopy(model, memo)

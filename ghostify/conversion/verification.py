@@ -29,7 +29,8 @@ def verify(student: nn.Module, plan: Plan, facts: Trace) -> None:
     Raises:
         ConversionError: One of these does not hold.
     """
-    expected = {d.site.name: [call.output_shape for call in d.site.calls] for d in plan.replaced}
+    calls = {site.name: [call.output_shape for call in site.calls] for site in facts.sites}
+    expected = {decision.site.name: calls[decision.site.name] for decision in plan.replaced}
     made, outputs = _run_recorded(student, facts, list(expected))
     for name, shapes in expected.items():
         if made[name] != shapes:

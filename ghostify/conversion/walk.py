@@ -7,6 +7,7 @@ once, node by node; without one, each is run anew up to every site.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from ghostify.errors import ConversionError
 from ghostify.spec import Decision
@@ -21,7 +24,10 @@ from ghostify.tracing.example import Example
 from ghostify.tracing.graph import only_user
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_IN_PLACE = {operator.iadd, operator.imul, operator.isub, operator.itruediv}
+_IN_PLACE = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ def walk_graph(
             inputs = [_arguments(node, values, chunk) for chunk in range(len(chunks))]
             module = teacher.get_submodule(str(node.target))
             targets = [module(*mine[0], **mine[1]) for mine, _ in inputs]
-            yield Visit(decision, [theirs[0][0] for _, theirs in inputs], targets, _drift(node, values))
+            drift = _drift(node, values, decision, teacher, targets)
+            yield Visit(decision, [theirs[0][0] for _, theirs in inputs], targets, drift)
             replaced = student.get_submodule(str(node.target))
             values[node] = [
                 (target, target if replaced is module else replaced(*theirs[0], **theirs[1]))
@@ -115,7 +122,8 @@ def _stop_at(model: nn.Module, name: str, chunk: Example) -> Tensor:
 
     handle = model.get_submodule(name).register_forward_pre_hook(catch)
     try:
-        model(*chunk.args, **chunk.kwargs)
+        fresh = chunk.copied()
+        model(*fresh.args, **fresh.kwargs)
     except _ReachedError:
         return caught[0]
     finally:
@@ -135,23 +143,22 @@ def _step(
 ) -> tuple[Any, Any]:
     """One node on one chunk, for teacher and student; computed once where both would do the same."""
     if node.op == "placeholder":
-        value = _placeholder(node, example)
+        value = _placeholder(node, example.copied())
         return value, value
     if node.op == "get_attr":
         mine, theirs = (operator.attrgetter(str(node.target))(model) for model in (teacher, student))
         return mine, (mine if isinstance(mine, Tensor) and torch.equal(mine, theirs) else theirs)
-    mine_in, theirs_in = _arguments(node, values, index)
     same = not replaced and all(
         pair[0] is pair[1] for pair in (values[argument][index] for argument in node.all_input_nodes)
     )
+    if not same and _changes_its_input(node, teacher):
+        # What the teacher's step is about to change may be what the student goes on with, under this name or another.
+        _unshare(_arguments(node, values, index)[0], values, index)
+    mine_in, theirs_in = _arguments(node, values, index)
     if node.op == "call_module":
         name = str(node.target)
         mine = teacher.get_submodule(name)(*mine_in[0], **mine_in[1])
         return mine, (mine if same else student.get_submodule(name)(*theirs_in[0], **theirs_in[1]))
-    if not same and _changes_its_input(node):
-        # The student's first argument may be the very tensor that the teacher's step is about to change.
-        first, *others = theirs_in[0]
-        theirs_in = ((first.clone() if isinstance(first, Tensor) else first, *others), theirs_in[1])
     mine = _call(node, *mine_in)
     return mine, (mine if same else _call(node, *theirs_in))
 
@@ -163,17 +170,43 @@ def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return node.target(*args, **kwargs)
 
 
-def _changes_its_input(node: fx.Node) -> bool:
+def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = getattr(node.target, "__name__", str(node.target))
     return (
         node.target in _IN_PLACE
-        or (isinstance(node.target, str) and node.target.endswith("_"))
+        or (name.endswith("_") and not name.endswith("__"))
         or bool(node.kwargs.get("inplace"))
+        or "out" in node.kwargs
     )
+
+
+def _unshare(arguments: Any, values: dict[fx.Node, list[tuple[Any, Any]]], index: int) -> None:
+    """Give the student copies of all values that lie in the same memory as arguments of the teacher's.
+
+    Views of one tensor stay views of one tensor.
+    """
+
+    def addresses(value: Any) -> set[int]:
+        return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
+
+    written = addresses(arguments)
+    memo: dict[int, Any] = {}
+    for pairs in values.values():
+        mine, theirs = pairs[index]
+        if addresses(theirs) & written:
+            pairs[index] = (mine, copy.deepcopy(theirs, memo))
 
 
 def _placeholder(node: fx.Node, example: Example) -> Any:
     positional = [other for other in node.graph.nodes if other.op == "placeholder"]
     place = positional.index(node)
+    if str(node.target).startswith("**"):
+        names = {str(other.target) for other in positional}
+        return {name: value for name, value in example.kwargs.items() if name not in names}
+    if str(node.target).startswith("*"):
+        return example.args[place:]
     if place < len(example.args):
         return example.args[place]
     return example.kwargs.get(str(node.target), node.args[0] if node.args else None)
@@ -191,12 +224,22 @@ def _arguments(node: fx.Node, values: dict[fx.Node, list[tuple[Any, Any]]], inde
     return of(0), of(1)
 
 
-def _drift(node: fx.Node, values: dict[fx.Node, list[tuple[Any, Any]]]) -> list[Tensor] | None:
+def _drift(
+    node: fx.Node,
+    values: dict[fx.Node, list[tuple[Any, Any]]],
+    decision: Decision,
+    teacher: nn.Module,
+    targets: list[Tensor],
+) -> list[Tensor] | None:
     """Teacher's minus student's other operand, if the site's (normed) output is next added to something known."""
+    norm = decision.site.chain.norm if decision.site.chain is not None else None
     follower = only_user(node)
-    if follower is not None and follower.op == "call_module":
+    while follower is not None and follower.op == "call_module":
+        name = str(follower.target)
+        if name != norm and not isinstance(teacher.get_submodule(name), nn.Identity | _DropoutNd):
+            return None  # an activation, say: what is added before it does not arrive behind it
         node, follower = follower, only_user(follower)
-    if follower is None or follower.target not in _ADDITIONS:
+    if follower is None or follower.target not in _ADDITIONS or follower.kwargs:
         return None
     others = [argument for argument in follower.all_input_nodes if argument is not node]
     if len(others) != 1 or others[0] not in values:
@@ -204,6 +247,8 @@ def _drift(node: fx.Node, values: dict[fx.Node, list[tuple[Any, Any]]]) -> list[
     pairs = values[others[0]]
     if all(mine is theirs for mine, theirs in pairs):
         return None
+    if any(getattr(mine, "shape", None) != target.shape for (mine, _), target in zip(pairs, targets, strict=True)):
+        return None  # broadcast
     return [mine - theirs for mine, theirs in pairs]
 
 

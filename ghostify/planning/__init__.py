@@ -1,5 +1,5 @@
 """Deciding, before anything is changed, what happens to every convolution and what it saves."""
 
-from ghostify.planning.planner import Override, chosen_spec, override_specs, plan, plan_traced
+from ghostify.planning.planner import Override, chosen_spec, override_specs, plan, plan_traced, skip_patterns
 
-__all__ = ["Override", "chosen_spec", "override_specs", "plan", "plan_traced"]
+__all__ = ["Override", "chosen_spec", "override_specs", "plan", "plan_traced", "skip_patterns"]

@@ -58,10 +58,10 @@ def plan(
         >>> from ghostify.nn.cifar import resnet20
         >>> made = plan(resnet20(), ratio=2, example_inputs=torch.zeros(1, 3, 32, 32))
         >>> len(made.replaced), made.params, made.params_after
-        (18, 269722, 139018)
+        (18, 269722, 139114)
     """
     default = chosen_spec(ratio, spec)
-    skipped = [skip] if isinstance(skip, str) else list(skip)
+    skipped = skip_patterns(skip)
     return plan_traced(trace(model, example_inputs), default, skipped, override_specs(overrides, default))
 
 
@@ -71,6 +71,8 @@ def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:
     Raises:
         OptionError: Both are given, or one is out of range.
     """
+    if spec is not None and not isinstance(spec, GhostSpec):
+        raise OptionError(f"spec={spec!r} is not a GhostSpec. Pass spec=GhostSpec(2), or ratio=2.")
     if spec is None:
         return GhostSpec(2.0 if ratio is None else ratio)
     if ratio is not None:
@@ -146,12 +148,27 @@ def _with_possible_placement(site: Site, spec: GhostSpec) -> tuple[GhostSpec, st
     return (replace(spec, placement="linear"), f"placement linear: {obstacle}") if obstacle else (spec, "")
 
 
+def skip_patterns(skip: str | Sequence[str]) -> list[str]:
+    """The patterns of [plan][ghostify.plan] as a list.
+
+    Raises:
+        OptionError: Something in it is not a string.
+    """
+    patterns = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise OptionError(f"skip={skip!r} is neither a name or pattern nor a list of them.")
+    return patterns
+
+
 def override_specs(overrides: Mapping[str, Override] | None, default: GhostSpec) -> dict[str, GhostSpec | None]:
     """The overrides of [plan][ghostify.plan] with every ratio made a full spec.
 
     Raises:
         OptionError: A value is neither a ratio, nor a spec, nor ``None``.
     """
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise OptionError(f"overrides={overrides!r} is not a dict from names or patterns to ratios.")
     return {pattern: _override_spec(pattern, value, default) for pattern, value in (overrides or {}).items()}
 
 

@@ -1,7 +1,7 @@
 """Facts about a model's convolutions: where they are called, with which shapes, and what follows them."""
 
 from ghostify.tracing.counting import MacCount, count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs, evaluating
+from ghostify.tracing.example import Example, ExampleInputs, evaluating, unmarked
 from ghostify.tracing.trace import Trace, fingerprint, trace
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "fingerprint",
     "state_bytes",
     "trace",
+    "unmarked",
 ]

@@ -94,7 +94,9 @@ class Example:
 
     def copied(self) -> Example:
         """The same in tensors of its own, for a model that changes its inputs in place."""
-        args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+        args, kwargs = tree_map(
+            lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
         return Example(args, kwargs)
 
     def run(self, model: nn.Module) -> Any:

@@ -81,7 +81,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
             f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
             "ghostify converts networks that hold torch.nn.Conv2d modules."
         )
-    calls, outputs, count = _record(model, convolutions, example)
+    calls, unusual, outputs, count = _record(model, convolutions, example)
     graph, note = _graph_or_reason(model, example, convolutions, calls)
     nodes = _nodes_by_module(graph)
     owners = _owners(model)
@@ -91,7 +91,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
             name,
             module,
             calls[name],
-            "inside a Ghost unit" if name.startswith(tuple(units)) else _obstacle(name, module, owners),
+            "inside a Ghost unit"
+            if name.startswith(tuple(units))
+            else _obstacle(name, module, owners) or unusual.get(name, ""),
             nodes.get(name),
             model,
         )
@@ -127,31 +129,37 @@ def _check_kind(model: nn.Module) -> None:
 
 def _record(
     model: nn.Module, convolutions: dict[str, _ConvNd], example: Example
-) -> tuple[dict[str, list[tuple[int, Call]]], Any, MacCount]:
-    """Run the model once: every call of every convolution with its position, the outputs, the MACs."""
+) -> tuple[dict[str, list[tuple[int, Call]]], dict[str, str], Any, MacCount]:
+    """Run the model once: every call of every convolution with its position, unusual calls, the outputs, the MACs."""
     calls: dict[str, list[tuple[int, Call]]] = defaultdict(list)
+    unusual: dict[str, str] = {}
     position = 0
     handles = []
     for name, module in convolutions.items():
 
-        def record(module: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+        def record(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name
+        ) -> None:
             nonlocal position
-            if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
+            read = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            if len(args) != 1 or kwargs or read is None or not isinstance(output, Tensor):
+                unusual[name] = "it is called in another way than conv(x)"
+            if read is not None and isinstance(output, Tensor):
                 batched = output.dim() == len(module.kernel_size) + 2  # type: ignore[arg-type]
                 start = 1 if batched else 0
                 rows = output.shape[0] / example.batch if batched else 1.0
-                calls[name].append((position, Call(tuple(args[0].shape[start:]), tuple(output.shape[start:]), rows)))
+                calls[name].append((position, Call(tuple(read.shape[start:]), tuple(output.shape[start:]), rows)))
                 position += 1
 
         # First in line, so that a hook of the user's that changes the output is not what is recorded.
-        handles.append(module.register_forward_hook(record, prepend=True))
+        handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
     try:
         with counting(example.batch) as count:
             outputs = example.run(model)
     finally:
         for handle in handles:
             handle.remove()
-    return calls, outputs, count
+    return calls, unusual, outputs, count
 
 
 def _graph_or_reason(
@@ -201,6 +209,7 @@ def _site(
         chain=chain_after(nodes.calls[0], model, nodes.calls_per_module)
         if nodes is not None and len(nodes.calls) == 1
         else None,
+        transposed=module.transposed,
     )
 
 
@@ -246,5 +255,10 @@ def _obstacle(name: str, module: _ConvNd, owners: dict[int, list[str]]) -> str:
         return "its weight is computed anew at every call (parametrization)"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it carries hooks that expect this very module"
-    others = [owner for owner in owners[id(module.weight)] if owner != name]
-    return f"its weight is shared with {others[0]}" if others else ""
+    if next(module.children(), None) is not None:
+        return "it has modules of its own inside"
+    for what, parameter in module._parameters.items():
+        others = [owner for owner in owners.get(id(parameter), ()) if owner != name]
+        if others:
+            return f"its {what} is shared with {others[0] or 'the model itself'}"
+    return ""

@@ -133,7 +133,7 @@ class Restless(nn.Module):
     def forward(self, x):
         self.calls += 1
         self.last = self.layer(x)[0]
-        if self.fails and self.calls > 2:
+        if self.fails and len(x) == 4:
             raise ValueError("no more")
         return self.layer(x) + 0 * torch.rand(1)
 
