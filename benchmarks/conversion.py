@@ -37,6 +37,7 @@ def main() -> None:
         "deepcopy": lambda: copy.deepcopy(model),
         "trace": lambda: trace(model, x),
         "convert, no calibration": lambda: ghostify.convert(model, ratio=2, example_inputs=x),
+        "convert, first filters": lambda: ghostify.convert(model, ratio=2, example_inputs=x, initialiser="first"),
     }
     for run in work.values():
         run()
@@ -45,13 +46,14 @@ def main() -> None:
         for name, run in work.items():
             times[name].append(seconds(run))
     times["deepcopy + trace"] = [a + b for a, b in zip(times["deepcopy"], times["trace"], strict=True)]
-    pairs = zip(times["convert, no calibration"], times["deepcopy + trace"], strict=True)
-    ratio = [converted / baseline for converted, baseline in pairs]
     rows = [
         [name, *(f"{1000 * value:.0f} ms" for value in statistics.quantiles(found, n=4))]
         for name, found in times.items()
     ]
-    rows.append(["convert / (deepcopy + trace)", *(f"{value:.2f}" for value in statistics.quantiles(ratio, n=4))])
+    for name in ("convert, no calibration", "convert, first filters"):
+        pairs = zip(times[name], times["deepcopy + trace"], strict=True)
+        quartiles = statistics.quantiles([converted / baseline for converted, baseline in pairs], n=4)
+        rows.append([f"{name} / (deepcopy + trace)", *(f"{value:.2f}" for value in quartiles)])
     print(f"{options.model}, {options.size}², {torch.get_num_threads()} threads, {options.rounds} rounds")
     print(tabulate(rows, headers=["", "lower quartile", "median", "upper quartile"], disable_numparse=True))
 

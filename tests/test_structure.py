@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,30 +28,51 @@ HEAVY = [
 ]
 
 
-def imported_parts(file):
-    """Parts of ghostify (stages and modules at the top) that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imported_parts(source):
+    """Parts of ghostify (stages and modules at the top) that a source imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
         names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module]
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import hides where it points to"
+            # `from ghostify import planning` names the part behind the import, everything else before it.
+            names = [f"ghostify.{alias.name}" for alias in node.names] if node.module == "ghostify" else [node.module]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
             parts = name.split(".")
-            if parts[0] == "ghostify" and len(parts) > 1:
-                yield parts[1]
+            if parts[0] == "ghostify":
+                yield parts[1] if len(parts) > 1 else "the facade"
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        ("from ghostify.planning.cost import conv_macs", "planning"),
+        ("from ghostify import planning", "planning"),
+        ("from ghostify import convert", "convert"),
+        ("import ghostify.planning as p", "planning"),
+        ("import ghostify", "the facade"),
+        ("def f():\n    from ghostify.planning import plan", "planning"),
+    ],
+)
+def test_no_form_of_import_escapes(source, part):
+    assert list(imported_parts(source)) == [part]
+
+
+def test_every_folder_is_a_stage():
+    assert {file.parent.name for file in PACKAGE.glob("*/__init__.py")} == set(STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_imports_only_stages_on_its_left(stage):
     allowed = {*BASE, *STAGES[: STAGES.index(stage) + 1]}
-    for file in (PACKAGE / stage).glob("*.py"):
-        assert set(imported_parts(file)) <= allowed, file.name
+    for file in (PACKAGE / stage).rglob("*.py"):
+        assert set(imported_parts(file.read_text(encoding="utf-8"))) <= allowed, file.name
 
 
 @pytest.mark.parametrize("module", BASE)
 def test_the_base_imports_no_stage(module):
-    assert set(imported_parts(PACKAGE / f"{module}.py")) <= set(BASE)
+    assert set(imported_parts((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))) <= set(BASE)
 
 
 def test_the_facade_is_sorted_and_documented():
@@ -78,7 +100,9 @@ def test_every_parameter_is_described(name):
     documentation = inspect.getdoc(function)
     if name == "convert":
         documentation += inspect.getdoc(ghostify.plan) + inspect.getdoc(ghostify.apply)
-    missing = [p for p in inspect.signature(function).parameters if f"\n    {p}: " not in documentation]
+    missing = [
+        p for p in inspect.signature(function).parameters if not re.search(rf"\n    (?:\*\*)?{p}: ", documentation)
+    ]
     assert not missing
 
 
@@ -87,6 +111,5 @@ def test_every_field_is_described(name):
     kind = getattr(ghostify, name)
     documentation = inspect.getdoc(kind)
     parameters = [] if issubclass(kind, BaseException) else inspect.signature(kind).parameters
-    # Several may share an entry ("kernel_size: As in nn.Conv2d; so are the next six").
     missing = [p for p in parameters if f"\n    {p}: " not in documentation and not p.startswith("_")]
     assert not missing

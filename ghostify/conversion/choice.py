@@ -46,7 +46,7 @@ def _greedy(gain: Matrix, count: int, room: int, groups: int) -> Indices:
     """Take ``count`` channels away, the least loss first; returns those that stay, ascending."""
     n = len(gain)
     # loss[b, a]: what is lost of channel b as a ghost of a. Infinite where that is not possible (any more).
-    loss = np.diag(gain)[:, None] - gain.T
+    loss = np.ascontiguousarray(np.diag(gain)[:, None] - gain.T)  # rows are searched, so rows are contiguous
     np.fill_diagonal(loss, np.inf)
     free = np.full(n, room)
     quota = np.full(groups, count // groups)

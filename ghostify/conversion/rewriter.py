@@ -15,7 +15,7 @@ from ghostify.errors import InputsError, OptionError, PlanMismatchError, TraceEr
 from ghostify.nn.ghost import GhostConv2d
 from ghostify.planning import Override, chosen_spec, override_specs, plan_traced, skip_patterns
 from ghostify.spec import Decision, GhostSpec, Plan
-from ghostify.tracing import Example, ExampleInputs, Trace, evaluating, fingerprint, trace
+from ghostify.tracing import Example, ExampleInputs, Trace, copier_memo, evaluating, fingerprint, trace
 from ghostify.tracing.graph import FUNCTIONS
 
 
@@ -169,7 +169,7 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
     The units are put into the copier's memo under their convolutions' identity: every alias finds
     them, and the replaced weights are never copied.
     """
-    memo: dict[int, object] = {}
+    memo = copier_memo(model)
     for decision in decisions:
         conv = model.get_submodule(decision.site.name)
         assert isinstance(conv, nn.Conv2d)  # the rules replace nothing else

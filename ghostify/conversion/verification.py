@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from ghostify.errors import ConversionError, TraceError
 from ghostify.spec import Plan
-from ghostify.tracing import Trace
+from ghostify.tracing import Trace, copier_memo
 
 
 def verify(student: nn.Module, plan: Plan, facts: Trace) -> None:
@@ -99,7 +99,8 @@ class _PassOn(nn.Module):
 def _check_places(plan: Plan, facts: Trace) -> None:
     """Put stand-ins at all sites of a structural copy, and compare its outputs with the original's."""
     model = facts.model
-    shared: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = copier_memo(model)
+    shared.update({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for decision in plan.replaced:
         module = model.get_submodule(decision.site.name)
         shared[id(module)] = _PassOn(module)

@@ -25,13 +25,16 @@ def white_explained(conv: nn.Conv2d, weight: Tensor) -> Tensor:
     """
     filters = F.normalize(conv.weight.detach().float().flatten(1))
     n, per_group = len(filters), conv.out_channels // conv.groups
-    cosine = torch.zeros(n, n, device=filters.device)
-    for start in range(0, n, per_group):
-        block = slice(start, start + per_group)
-        cosine[block, block] = filters[block] @ filters[block].T
-    explained = cosine.square().cpu().double()
+    if conv.groups == 1:
+        cosine = filters @ filters.T
+    else:
+        cosine = torch.zeros(n, n, device=filters.device)
+        for start in range(0, n, per_group):
+            block = slice(start, start + per_group)
+            cosine[block, block] = filters[block] @ filters[block].T
+    explained = cosine.square_().cpu().double()
     explained.fill_diagonal_(1.0)
-    return explained * weight.cpu()
+    return explained.mul_(weight.cpu())
 
 
 @torch.no_grad()

@@ -37,8 +37,9 @@ def select_channels(module: Module, channels: Tensor, total: int) -> Module:
         if tensor.dim() > 0 and tensor.shape[0] == total:
             index = channels.to(tensor.device)
             with torch.no_grad():
-                # A contiguous first-dimension slice keeps channels_last weights as they were.
                 kept: Tensor = tensor.detach().index_select(0, index)
+            if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+                kept = kept.contiguous(memory_format=torch.channels_last)  # index_select forgets it
             if isinstance(tensor, nn.Parameter):
                 kept = nn.Parameter(kept, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = kept

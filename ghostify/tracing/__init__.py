@@ -1,7 +1,7 @@
 """Facts about a model's convolutions: where they are called, with which shapes, and what follows them."""
 
 from ghostify.tracing.counting import MacCount, count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs, evaluating, unmarked
+from ghostify.tracing.example import Example, ExampleInputs, copier_memo, evaluating, unmarked
 from ghostify.tracing.trace import Trace, fingerprint, trace
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "ExampleInputs",
     "MacCount",
     "Trace",
+    "copier_memo",
     "count_macs",
     "count_params",
     "evaluating",

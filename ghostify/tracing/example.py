@@ -133,6 +133,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def copier_memo(model: nn.Module) -> dict[int, object]:
+    """A memo for ``copy.deepcopy`` of a model that keeps tensors with a history, which torch refuses to copy.
+
+    Such are the last features that a model keeps as an attribute, and the weight that the old
+    ``torch.nn.utils.weight_norm`` computes. The copy gets their values, without the history.
+    """
+    leaves = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor))
+    return {id(tensor): tensor.detach().clone() for tensor in leaves if not tensor.is_leaf}
+
+
 @contextmanager
 def unmarked(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and undo afterwards whatever its forward left on it.

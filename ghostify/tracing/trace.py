@@ -147,7 +147,8 @@ def _record(
             if read is not None and isinstance(output, Tensor):
                 batched = output.dim() == len(module.kernel_size) + 2  # type: ignore[arg-type]
                 start = 1 if batched else 0
-                rows = output.shape[0] / example.batch if batched else 1.0
+                # A single map is one row, as when a model goes through its batch image by image.
+                rows = (output.shape[0] if batched else 1) / example.batch
                 calls[name].append((position, Call(tuple(read.shape[start:]), tuple(output.shape[start:]), rows)))
                 position += 1
 

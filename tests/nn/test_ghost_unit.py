@@ -9,7 +9,7 @@ from torch import nn
 
 from ghostify import GhostConv2d, GhostSpec
 from ghostify.errors import OptionError
-from ghostify.nn.layout import intrinsic_positions, natural_layout
+from ghostify.nn.layout import intrinsic_positions, natural_layout, position_parents
 from ghostify.planning.cost import ghost_macs, ghost_params
 from ghostify.tracing import count_macs, trace
 
@@ -80,6 +80,78 @@ def test_intrinsic_channels_are_the_originals_in_their_places(conv, spec, seed):
 def test_ratio_1_is_the_original(conv):
     x = torch.randn(2, conv.in_channels, 9, 8)
     assert torch.equal(GhostConv2d.from_conv(conv, GhostSpec(1))(x), conv(x))
+
+
+@settings(deadline=None, max_examples=30)
+@given(conv=convolutions(), ratio=st.floats(1, 6), seed=st.integers(0, 99))
+def test_a_gate_starts_as_the_identity(conv, ratio, seed):
+    """Every channel is its parent's primary map, so whole sets of equal channels come out."""
+    spec, n = GhostSpec(ratio, fusion="mul"), conv.out_channels
+    layout = natural_layout(spec, n, conv.groups)
+    if conv.groups == 1:
+        layout = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    unit = GhostConv2d.from_conv(conv, spec, layout=layout)
+    x = torch.randn(2, conv.in_channels, 9, 8)
+    parents = layout[intrinsic_positions(spec, n, conv.groups)][position_parents(spec, n, conv.groups)]
+    assert torch.allclose(unit(x)[:, layout], conv(x)[:, parents], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(conv=convolutions(), spec=specs, seed=st.integers(0, 99))
+def test_the_unit_computes_the_papers_formula(conv, spec, seed):
+    """Written out channel by channel: primary map H, cheap maps G on it, met as concat, H + G or H · G."""
+    spec, n = GhostSpec(spec.ratio, spec.dw_size, spec.fusion), conv.out_channels
+    layout = natural_layout(spec, n, conv.groups)
+    if conv.groups == 1:
+        layout = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    unit = GhostConv2d.from_conv(conv, spec, layout=layout)
+    x = torch.randn(1, conv.in_channels, 9, 8)
+    made, primary = unit(x), unit.primary_conv(x)
+    if unit.cheap_operation is None:
+        return
+    bias = [part.bias for part in (unit.cheap_operation.every, unit.cheap_operation.first) if part is not None]
+    bias = None if bias[0] is None else torch.cat(bias)
+    kernels, parents = unit.cheap_operation.kernels(), unit.parents()
+    ghosts = F.conv2d(primary[:, parents], kernels[:, None], bias, padding=spec.dw_size // 2, groups=len(parents))
+    stands_on = primary[:, position_parents(spec, n, conv.groups)]
+    wanted = {
+        "concat": lambda: torch.cat([primary, ghosts], 1),
+        "add": lambda: stands_on + ghosts,
+        "mul": lambda: stands_on * ghosts,
+    }[spec.fusion]()
+    assert torch.allclose(made[:, layout], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "add", "mul"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_type_memory_format_and_single_maps_are_the_convolutions(fusion, dtype):
+    conv = nn.Conv2d(4, 7, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
+    unit = GhostConv2d.from_conv(conv, GhostSpec(1.5, fusion=fusion), layout=torch.tensor([6, 1, 2, 3, 4, 5, 0]))
+    x = torch.randn(2, 4, 6, 6, dtype=dtype)
+    assert {parameter.dtype for parameter in unit.parameters()} == {dtype}
+    assert unit.primary_conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert unit(x).dtype == dtype
+    assert unit(x[0]).shape == conv(x[0]).shape
+    assert torch.allclose(unit(x[0]), unit(x)[0], atol=1e-2)
+
+
+def test_the_original_is_copied_never_shared():
+    conv = nn.Conv2d(3, 6, 3)
+    before = {name: value.clone() for name, value in conv.state_dict().items()}
+    unit = GhostConv2d.from_conv(conv, GhostSpec(1))
+    with torch.no_grad():
+        for parameter in unit.parameters():
+            parameter.zero_()
+    assert conv.out_channels == 6
+    assert all(torch.equal(value, before[name]) for name, value in conv.state_dict().items())
+
+
+def test_a_frozen_convolution_gives_a_frozen_primary():
+    conv = nn.Conv2d(3, 6, 3)
+    conv.weight.requires_grad_(False)
+    unit = GhostConv2d.from_conv(conv, GhostSpec(2))
+    assert not unit.primary_conv.weight.requires_grad
+    assert unit.primary_conv.bias.requires_grad
 
 
 def test_a_state_without_an_order_loads_into_a_unit_with_one_and_back():
