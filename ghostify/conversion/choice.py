@@ -11,7 +11,7 @@ from torch import Tensor
 from ghostify.nn.layout import compose_layout
 from ghostify.spec import GhostSpec
 
-Matrix = NDArray[np.float64]
+Matrix = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 
@@ -31,7 +31,7 @@ def choose_layout(explained: Tensor, spec: GhostSpec, groups: int = 1) -> Tensor
     Returns:
         The layout: the original channel at every position of the unit, ``(n,)``.
     """
-    gain = explained.detach().cpu().double().numpy()
+    gain = explained.detach().cpu().float().numpy()
     n = len(gain)
     m = spec.intrinsic_channels(n, groups)
     if m == n:

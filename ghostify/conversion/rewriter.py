@@ -169,7 +169,7 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
     The units are put into the copier's memo under their convolutions' identity: every alias finds
     them, and the replaced weights are never copied.
     """
-    memo = copier_memo(model)
+    memo: dict[int, object] = {}
     for decision in decisions:
         conv = model.get_submodule(decision.site.name)
         assert isinstance(conv, nn.Conv2d)  # the rules replace nothing else
@@ -183,7 +183,7 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
             memo[id(conv)] = GhostConv2d.from_conv(conv, decision.spec, norm=norm, activation=activation)
         if norm is not None:
             memo[id(norm)] = nn.Identity().train(norm.training)
-    student = copy.deepcopy(model, memo)
+    student = copy.deepcopy(model, {**copier_memo(model), **memo})
     student.ghostify_plan = plan  # type: ignore[assignment]
     return student
 

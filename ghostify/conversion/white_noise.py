@@ -32,9 +32,9 @@ def white_explained(conv: nn.Conv2d, weight: Tensor) -> Tensor:
         for start in range(0, n, per_group):
             block = slice(start, start + per_group)
             cosine[block, block] = filters[block] @ filters[block].T
-    explained = cosine.square_().cpu().double()
+    explained = cosine.square_().cpu()
     explained.fill_diagonal_(1.0)
-    return explained.mul_(weight.cpu())
+    return explained.mul_(weight.to(explained))
 
 
 @torch.no_grad()
@@ -87,24 +87,14 @@ def solve_kernels(unit: GhostConv2d, conv: nn.Conv2d, norm: nn.Module | None, ex
 
 def _correlation(a: Tensor, b: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], reach: int) -> Tensor:
     """``R_ab(δ)`` of pairs of filters ``(k, c, h, w)`` for offsets up to ``reach``: ``(k, 2·reach+1, 2·reach+1)``."""
-    a, b = _spread(a, dilation), _spread(b, dilation)
-    made = a.new_zeros(len(a), 2 * reach + 1, 2 * reach + 1)
-    height, width = a.shape[2:]
-    for row in range(-reach, reach + 1):
-        for column in range(-reach, reach + 1):
-            down, right = row * stride[0], column * stride[1]
-            if abs(down) < height and abs(right) < width:  # else the filters do not meet
-                mine = a[:, :, max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
-                theirs = b[:, :, max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
-                made[:, reach + row, reach + column] = torch.einsum("kchw,kchw->k", mine, theirs)
-    return made
+    k, _, h, w = a.shape
+    products = (a.flatten(2).transpose(1, 2) @ b.flatten(2)).view(k, h, w, h, w)
+    down, right = (_meeting(size, step, gap, reach).to(a) for size, step, gap in zip((h, w), stride, dilation))
+    return torch.einsum("khwij,hir,wjs->krs", products, down, right)
 
 
-def _spread(filters: Tensor, dilation: tuple[int, ...]) -> Tensor:
-    """Dilated filters on a dense grid, zeros between the taps."""
-    if dilation[0] == dilation[1] == 1:
-        return filters
-    k, c, h, w = filters.shape
-    dense = filters.new_zeros(k, c, (h - 1) * dilation[0] + 1, (w - 1) * dilation[1] + 1)
-    dense[:, :, :: dilation[0], :: dilation[1]] = filters
-    return dense
+def _meeting(size: int, stride: int, dilation: int, reach: int) -> Tensor:
+    """One where tap ``i`` of a filter meets tap ``h`` of another that stands ``r - reach`` output pixels further."""
+    tap = torch.arange(size)
+    apart = dilation * (tap - tap[:, None])
+    return apart[..., None] == stride * torch.arange(-reach, reach + 1)

@@ -78,6 +78,47 @@ def test_a_site_called_twice_and_one_with_an_alias_stay_one():
     assert site.macs_before == 2 * 16 * 16 * 9 * 64
 
 
+def test_an_override_does_not_outrank_an_obstacle():
+    torch.manual_seed(0)
+    names = ["depthwise", "twice_other", "unused", "tied", "normed", "read", "hooked", "flat", "narrow"]
+    plan = ghostify.plan(Zoo(), example_inputs=torch.randn(1, 3, 8, 8), overrides=dict.fromkeys(names, 2))
+    decisions = {decision.site.name: decision for decision in plan}
+    assert not any(decisions[name].replaced for name in names)
+    assert all("override" not in decisions[name].reason for name in names)
+
+
+def test_macs_can_be_the_reason_where_parameters_are_not():
+    """Parameters of a subclass's own count in its favour; its MACs do not shrink."""
+
+    class Scaled(nn.Conv2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.scale = nn.Parameter(torch.ones(args[1], 50))
+
+        def forward(self, x):
+            return super().forward(x) * self.scale.mean(1)[:, None, None]
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Scaled(4, 8, 1), nn.Conv2d(8, 16, 3))
+    plan = ghostify.plan(model, example_inputs=X, overrides={"2": 2})
+    assert list(plan)[1].reason == f"too small to pay: {8 * 4 * 1024:,} MACs would become {(4 * 4 + 4 * 9) * 1024:,}"
+
+
+@pytest.mark.parametrize("ratio", [1.1, 1.5, 2, 3.7, 16])
+@pytest.mark.parametrize("dw_size", [1, 3, 5])
+@pytest.mark.parametrize("fusion", ["concat", "add", "mul"])
+def test_no_site_is_ever_made_dearer(ratio, dw_size, fusion):
+    spec = GhostSpec(ratio, dw_size, fusion)
+    plan = ghostify.plan(resnet20(), spec=spec, example_inputs=X, overrides={"*": spec})
+    assert plan.replaced
+    for decision in plan.replaced:
+        assert decision.params_after < decision.params_before
+        assert decision.macs_after < decision.macs_before
+    for decision in plan:
+        if not decision.replaced:
+            assert decision.reason
+            assert (decision.params_after, decision.macs_after) == (decision.params_before, decision.macs_before)
+
+
 def test_overrides_outrank_skip_and_habits_and_the_last_match_wins():
     plan = ghostify.plan(
         resnet20(),
@@ -99,6 +140,13 @@ def test_a_plan_is_data():
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(PlanError, match="not a ghostify plan"):
         Plan.from_json(plan.to_json().replace('"model"', '"modell"', 1))
+    site = '"site":{' if '"site":{' in plan.to_json() else '"site": {'
+    for inside in (site, '"spec": {'):
+        assert inside in plan.to_json()
+        with pytest.raises(PlanError, match="extra"):
+            Plan.from_json(plan.to_json().replace(inside, inside + '"extra": 1,', 1))
+    with pytest.raises(PlanError, match="ratio"):
+        Plan.from_json(plan.to_json().replace('"ratio": 2.0', '"ratio": 0.5', 1))
     assert "layer3.2.conv2" in str(plan)
     assert "18 of 19 convolutions" in str(plan)
 
@@ -107,6 +155,11 @@ def test_a_plan_is_data():
     ("options", "error", "told"),
     [
         ({"ratio": 0.9}, OptionError, "ratio=0.9"),
+        ({"ratio": "2"}, OptionError, "ratio='2'"),
+        ({"overrides": {"conv1": True}}, OptionError, "neither a ratio"),
+        ({"overrides": {"conv1": 0.5}}, OptionError, "ratio=0.5"),
+        ({"skip": ["layer1.*", "leyer2.*"]}, PatternError, "leyer2.*layer2"),
+        ({"example_inputs": ()}, InputsError, "no tensor"),
         ({"ratio": 2, "spec": GhostSpec(2)}, OptionError, "both given"),
         ({"overrides": {"conv1": "x"}}, OptionError, "neither a ratio"),
         ({"example_inputs": None}, InputsError, "example_inputs=None"),
