@@ -14,13 +14,12 @@ from typing import Literal, get_args
 import pydantic
 from tabulate import tabulate
 
+from ghostify.documents import STRICT, read_document
 from ghostify.errors import OptionError, PlanError
 
 Fusion = Literal["concat", "add", "mul"]
 Placement = Literal["linear", "paper"]
 TraceWay = Literal["fx", "recorded"]
-
-_FORBID_EXTRA = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class GhostSpec:
     fusion: Fusion = "concat"
     placement: Placement = "linear"
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         ratio = self.ratio
@@ -106,7 +105,7 @@ class Call:
     output_shape: tuple[int, ...]
     rows: float = 1.0
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Chain:
     paper_obstacle: str = ""
     is_output: bool = False
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Site:
     chain: Chain | None = None
     transposed: bool = False
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
     @property
     def shape(self) -> str:
@@ -204,7 +203,7 @@ class Decision:
     macs_before: int
     macs_after: int
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
     @property
     def replaced(self) -> bool:
@@ -244,7 +243,7 @@ class Plan:
     uncounted: dict[str, int | None]
     decisions: tuple[Decision, ...]
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
     @property
     def replaced(self) -> tuple[Decision, ...]:
@@ -278,14 +277,7 @@ class Plan:
         Raises:
             PlanError: The text is not a plan.
         """
-        try:
-            return _PLAN_ADAPTER.validate_json(text)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the document"
-            raise PlanError(
-                f"This is not a ghostify plan: {where}: {first['msg']}. Make one with `ghostify.plan(...)`."
-            ) from error
+        return read_document(_PLAN_ADAPTER, text, kind="plan", verb="plan", error=PlanError)
 
     def table(self, style: str = "simple") -> str:
         """All sites as a table, in any format that tabulate knows (``simple``, ``github``, ``html``, …)."""

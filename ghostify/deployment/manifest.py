@@ -12,6 +12,7 @@ import pydantic
 import torch
 from torch import Tensor
 
+from ghostify.documents import first_problem
 from ghostify.errors import ArtefactError
 from ghostify.spec import Plan
 
@@ -134,7 +135,7 @@ def read_manifest(folder: Path) -> Content:
     try:
         header = _Header.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise ArtefactError(f"{where}: {PLAN_FILE} is damaged or foreign: {_first(error)}. {_AGAIN}") from error
+        raise ArtefactError(f"{where}: {PLAN_FILE} is damaged or foreign: {first_problem(error)}. {_AGAIN}") from error
     if header.format != FORMAT:
         raise ArtefactError(
             f"{where}: {PLAN_FILE} has format={header.format!r}, not {FORMAT!r}: another program wrote it."
@@ -147,7 +148,7 @@ def read_manifest(folder: Path) -> Content:
     try:
         manifest = _Manifest.model_validate_json(text)
     except pydantic.ValidationError as error:
-        raise ArtefactError(f"{where}: {PLAN_FILE} is damaged: {_first(error)}. {_AGAIN}") from error
+        raise ArtefactError(f"{where}: {PLAN_FILE} is damaged: {first_problem(error)}. {_AGAIN}") from error
     # Of the JSON as it stands, not of the parsed objects: a later schema must not change an old file's digest.
     if manifest.version != VERSION or _digest(json.loads(text)["content"]) != manifest.sha256:
         raise ArtefactError(f"{where}: {PLAN_FILE} was changed after it was written: its checksum differs. {_AGAIN}")
@@ -195,9 +196,3 @@ _AGAIN = "Copy it again from where it was saved, or save it again."
 
 def _digest(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _first(error: pydantic.ValidationError) -> str:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else first["msg"]

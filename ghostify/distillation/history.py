@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from ghostify.documents import STRICT
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -32,7 +34,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The record of one epoch.
+    """The record of one epoch; ``None`` is what was not recorded.
 
     Attributes:
         epoch: Its number, from 1.
@@ -46,13 +48,15 @@ class Epoch:
     """
 
     epoch: int
-    loss: float
-    lr: float
-    val_accuracy: float | None
-    val_agreement: float | None
-    val_loss: float | None
-    seconds: float
-    images_per_second: float
+    loss: float | None = None
+    lr: float | None = None
+    val_accuracy: float | None = None
+    val_agreement: float | None = None
+    val_loss: float | None = None
+    seconds: float | None = None
+    images_per_second: float | None = None
+
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from ghostify.reporting.latency import LatencyOptions, measure_latency
 from ghostify.reporting.report import (
     Accuracy,
     Environment,
-    Epoch,
     Latency,
     ModelNumbers,
     Pair,
@@ -17,7 +16,6 @@ from ghostify.reporting.report import (
 __all__ = [
     "Accuracy",
     "Environment",
-    "Epoch",
     "Latency",
     "LatencyOptions",
     "ModelNumbers",

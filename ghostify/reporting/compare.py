@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ghostify.distillation.history import Epoch
 from ghostify.errors import InputsError
 from ghostify.reporting.accuracy import NoClassScores, measure_accuracy
 from ghostify.reporting.latency import LatencyOptions, device_name, device_of, measure_latency
-from ghostify.reporting.report import Environment, Epoch, ModelNumbers, Report
+from ghostify.reporting.report import Environment, ModelNumbers, Report
 from ghostify.spec import Plan
 from ghostify.tracing.counting import count_macs, count_params, state_bytes
 from ghostify.tracing.example import Example, ExampleInputs

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ghostify.extras import require
 
 if TYPE_CHECKING:
-    from ghostify.reporting.report import Epoch
+    from ghostify.distillation.history import Epoch
     from ghostify.spec import Plan
 
 ORIGINAL = "#b4bfca"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pydantic
 
+from ghostify.distillation.history import Epoch
+from ghostify.documents import STRICT, read_document
 from ghostify.errors import ArtefactError, OptionError
 from ghostify.files import atomic_file
 from ghostify.reporting.page import html
 from ghostify.reporting.rendering import csv_text, full_text, markdown, text
 from ghostify.spec import Plan
-
-_FORBID_EXTRA = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ModelNumbers:
     macs: int
     outside: dict[str, int | None]
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
     @property
     def flops(self) -> int:
@@ -61,7 +61,7 @@ class Timing:
     q75: float
     minimum: float
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Latency:
     dtype: str
     channels_last: bool
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
     @property
     def is_clear(self) -> bool:
@@ -111,7 +111,7 @@ class Pair:
     original: float
     compressed: float
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
@@ -135,23 +135,7 @@ class Accuracy:
     agreement: float
     output_difference: float | None
 
-    __pydantic_config__ = _FORBID_EXTRA
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch of a distillation run; ``None`` where it was not recorded. Accuracies are shares from 0 to 1."""
-
-    epoch: int
-    loss: float | None = None
-    lr: float | None = None
-    val_accuracy: float | None = None
-    val_agreement: float | None = None
-    val_loss: float | None = None
-    seconds: float | None = None
-    images_per_second: float | None = None
-
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
@@ -174,7 +158,7 @@ class Environment:
     device: str
     threads: int
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
 
 @dataclass(frozen=True)
@@ -203,7 +187,7 @@ class Report:
     environment: Environment
     remarks: tuple[str, ...]
 
-    __pydantic_config__ = _FORBID_EXTRA
+    __pydantic_config__ = STRICT
 
     def __str__(self) -> str:
         return text(self)
@@ -219,14 +203,7 @@ class Report:
         Raises:
             ArtefactError: The text is not a report.
         """
-        try:
-            return _REPORT_ADAPTER.validate_json(document)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the document"
-            raise ArtefactError(
-                f"This is not a ghostify report: {where}: {first['msg']}. Make one with `ghostify.compare(...)`."
-            ) from error
+        return read_document(_REPORT_ADAPTER, document, kind="report", verb="compare", error=ArtefactError)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report in the format that the suffix names: .html, .md, .json, .csv or .txt.

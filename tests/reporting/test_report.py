@@ -13,11 +13,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from ghostify.distillation.history import Epoch
 from ghostify.errors import ArtefactError, MissingExtraError, OptionError
 from ghostify.reporting import (
     Accuracy,
     Environment,
-    Epoch,
     Latency,
     ModelNumbers,
     Pair,
