@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.choice import choose_layout
 from ghostify.conversion.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
-from ghostify.nn.ghost import GhostConv2d
+from ghostify.nn.ghost import GhostConv
 from ghostify.nn.layout import intrinsic_positions
 
 # Shares of the mean diagonal of the Gram matrix; see docs/decisions.md.
@@ -23,8 +25,8 @@ _PRIMARY_ROWS_PER_UNKNOWN = 8
 
 
 def fit_unit(
-    unit: GhostConv2d,
-    conv: nn.Conv2d,
+    unit: GhostConv,
+    conv: _ConvNd,
     norm: nn.Module | None,
     *,
     inputs: list[Tensor],
@@ -39,13 +41,14 @@ def fit_unit(
         conv: The original convolution.
         norm: The batch norm that alone reads the unit's output (the original's values; with
             placement ``linear`` its running mean is shifted by what the fit leaves over), if there is one.
-        inputs: What the unit will get, each ``(b, c, h, w)``.
-        targets: What it should make of it, each ``(b, n, h', w')``, original channel order.
+        inputs: What the unit will get, each ``(b, c, …)``.
+        targets: What it should make of it, each ``(b, n, …)``, original channel order.
         refit_primary: Solve the primary on ``inputs``; else its filters stay the chosen original ones.
         generator: Picks the pixels that are sampled.
     """
     pixels = [sample_pixels(target, _share(targets, _CHOICE_ROWS), generator) for target in targets]
-    layout = choose_layout(explained_share(targets, pixels, unit.spec.dw_size, norm), unit.spec, unit.groups)
+    window = Window.depthwise(unit.spec.dw_size, unit.dims)
+    layout = choose_layout(explained_share(targets, pixels, window, norm), unit.spec, unit.groups)
     unit.take_channels(conv, layout, norm)
     centred = _running_mean(norm) is not None or conv.bias is not None
     if refit_primary:
@@ -67,25 +70,24 @@ def fit_unit(
         _let_pass(unit.cheap_norm, _cheap_maps(unit, inputs), bias)
 
 
-def explained_share(targets: list[Tensor], pixels: list[Tensor], side: int, norm: nn.Module | None) -> Tensor:
-    """How much of each channel's variance a ``side × side`` filter on each other channel explains.
+def explained_share(targets: list[Tensor], pixels: list[Tensor], window: Window, norm: nn.Module | None) -> Tensor:
+    """How much of each channel's variance a filter with the given window on each other channel explains.
 
     Channels count as they do after the norm: by the square of its scale.
 
     Returns:
         ``(n, n)``, for [choose_layout][ghostify.conversion.choice.choose_layout].
     """
-    window = Window.depthwise(side)
+    taps = math.prod(window.kernel)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for target, chosen in zip(targets, pixels, strict=True):
-            for part in in_parts(chosen, target.shape[0] * target.shape[1] * side * side):
+            for part in in_parts(chosen, target.shape[0] * target.shape[1] * taps):
                 yield window.patches(target, part).transpose(0, 1), at_pixels(target, part)
 
     gram, cross = Moments.of(pairs()).centred()
     explained = (cross * ridge_solve(gram, cross, _CHOICE_RIDGE)).sum(1)
-    centre = side * side // 2
-    variance = gram[:, centre, centre]
+    variance = gram[:, taps // 2, taps // 2]
     explained = explained.clamp_min(0).minimum(variance)
     explained.diagonal().copy_(variance)
     return explained * channel_weight(norm, len(variance)).to(explained)
@@ -106,8 +108,8 @@ def norm_scale(norm: nn.Module | None, channels: int) -> Tensor:
 
 
 def _solve_primary(
-    unit: GhostConv2d,
-    conv: nn.Conv2d,
+    unit: GhostConv,
+    conv: _ConvNd,
     inputs: list[Tensor],
     targets: list[Tensor],
     *,
@@ -131,7 +133,7 @@ def _solve_primary(
     moments = Moments.of(pairs())
     gram, cross = moments.centred() if centred else moments.plain()
     primary = unit.primary_conv
-    assert isinstance(primary, nn.Conv2d)  # a copy of conv
+    assert isinstance(primary, _ConvNd)  # a copy of conv
     old = primary.weight.detach().double().view(groups, -1, gram.shape[-1]).transpose(1, 2)
     new = ridge_solve(gram, cross, _PRIMARY_RIDGE, prior=old)
     with torch.no_grad():
@@ -142,7 +144,7 @@ def _solve_primary(
 
 
 def _solve_cheap(
-    unit: GhostConv2d, inputs: list[Tensor], targets: list[Tensor], *, centred: bool, generator: torch.Generator
+    unit: GhostConv, inputs: list[Tensor], targets: list[Tensor], *, centred: bool, generator: torch.Generator
 ) -> Tensor:
     """Solve every depthwise kernel on the primary map that it reads.
 
@@ -151,8 +153,9 @@ def _solve_cheap(
     """
     if unit.cheap_operation is None:
         return torch.zeros(0)
-    side, fusion = unit.spec.dw_size, unit.spec.fusion
-    window = Window.depthwise(side)
+    fusion = unit.spec.fusion
+    window = Window.depthwise(unit.spec.dw_size, unit.dims)
+    taps = math.prod(window.kernel)
     parents = unit.parents().to(inputs[0].device)
     layout = unit.layout().to(inputs[0].device)
     channels = layout[unit.intrinsic_channels :] if fusion == "concat" else layout
@@ -162,7 +165,7 @@ def _solve_cheap(
         for x, target in zip(inputs, targets, strict=True):
             primary = unit.primary(x)
             chosen = sample_pixels(target, share, generator)
-            for part in in_parts(chosen, x.shape[0] * len(parents) * side * side):
+            for part in in_parts(chosen, x.shape[0] * len(parents) * taps):
                 seen = window.patches(unit.cheap_input(primary), part)[:, parents]  # (rows, maps, d²)
                 wanted = at_pixels(target, part)[:, channels]
                 if fusion != "concat":
@@ -176,7 +179,7 @@ def _solve_cheap(
     moments = Moments.of(pairs())
     gram, cross = moments.centred() if centred else moments.plain()
     solved = ridge_solve(gram, cross, _CHEAP_RIDGE)
-    kernels = solved[:, : side * side, 0].view(-1, side, side)
+    kernels = solved[:, :taps, 0].view(-1, *window.kernel)
     if fusion == "mul":
         bias = solved[:, -1, 0]
     else:
@@ -185,7 +188,7 @@ def _solve_cheap(
     return torch.zeros_like(bias) if unit.cheap_operation.has_bias else bias
 
 
-def _cheap_maps(unit: GhostConv2d, inputs: list[Tensor]) -> Iterator[Tensor]:
+def _cheap_maps(unit: GhostConv, inputs: list[Tensor]) -> Iterator[Tensor]:
     """What the cheap operation makes, before its norm."""
     if unit.cheap_operation is not None:
         for x in inputs:
@@ -222,21 +225,25 @@ def _moments_of(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     total = square = torch.zeros((), dtype=torch.float64)
     count = 0
     for map_ in maps:
-        total = total + map_.sum((0, 2, 3), dtype=torch.float64)
-        square = square + map_.square().sum((0, 2, 3), dtype=torch.float64)
+        by_channel = map_.transpose(0, 1).flatten(1)
+        total = total + by_channel.sum(1, dtype=torch.float64)
+        square = square + by_channel.square().sum(1, dtype=torch.float64)
         count += map_.numel() // map_.shape[1]
     mean = total / count
     return mean, (square / count - mean.square()).clamp_min(0)
 
 
-def _is_plain(conv: nn.Conv2d, window: Window, x: Tensor) -> bool:
+def _is_plain(conv: _ConvNd, window: Window, x: Tensor) -> bool:
     """Whether the module computes a convolution with its weight and nothing more (checked on real input)."""
+    if conv.transposed:
+        return False
     some = x[:1]
     made = conv(some)
-    size = window.size_after(some.shape[2], some.shape[3])
+    size = window.size_after(tuple(some.shape[2:]))
     if made.shape[2:] != size:
         return False
-    pixels = torch.arange(0, size[0] * size[1], max(1, size[0] * size[1] // 64), device=x.device)
+    total = math.prod(size)
+    pixels = torch.arange(0, total, max(1, total // 64), device=x.device)
     patches = _by_group(window.patches(some, pixels), conv.groups)
     weight = conv.weight.detach().view(conv.groups, -1, patches.shape[-1])
     expected = (patches @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)

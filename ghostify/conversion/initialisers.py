@@ -14,11 +14,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.fitting import channel_weight, fit_unit, norm_scale
 from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels, white_explained
-from ghostify.nn.ghost import GhostConv2d
+from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Decision, Plan
 from ghostify.tracing import Example, Trace, unmarked
 
@@ -46,13 +47,13 @@ class Conversion:
         """The replaced sites by name, in order of execution."""
         return {decision.site.name: decision for decision in self.plan.replaced}
 
-    def unit(self, decision: Decision) -> GhostConv2d:
+    def unit(self, decision: Decision) -> GhostConv:
         """The student's Ghost unit at a site."""
-        return cast(GhostConv2d, self.student.get_submodule(decision.site.name))
+        return cast(GhostConv, self.student.get_submodule(decision.site.name))
 
-    def original(self, decision: Decision) -> nn.Conv2d:
+    def original(self, decision: Decision) -> _ConvNd:
         """The teacher's convolution at a site."""
-        return cast(nn.Conv2d, self.facts.model.get_submodule(decision.site.name))
+        return cast(_ConvNd, self.facts.model.get_submodule(decision.site.name))
 
     def norm(self, decision: Decision) -> nn.Module | None:
         """The batch norm after a site: the student's own, or the teacher's where the unit holds the norms."""
@@ -81,7 +82,7 @@ def random(conversion: Conversion) -> None:
             unit = conversion.unit(decision)
             gate = unit.spec.fusion == "mul"  # a gate starts as the identity, not at random
             for module in [unit.primary_conv, *([] if gate else unit.modules())]:
-                if isinstance(module, nn.Conv2d):
+                if isinstance(module, _ConvNd):
                     module.reset_parameters()
             unit.set_order(torch.arange(unit.out_channels))
 
@@ -94,7 +95,7 @@ def first(conversion: Conversion) -> None:
             unit = conversion.unit(decision)
             if unit.spec.fusion != "mul" and unit.cheap_operation is not None:
                 for module in unit.cheap_operation.children():
-                    cast(nn.Conv2d, module).reset_parameters()
+                    cast(_ConvNd, module).reset_parameters()
 
 
 def weights(conversion: Conversion) -> None:
@@ -170,21 +171,22 @@ def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> None:
     targets = visit.targets
     if visit.drift is not None:
         factor = _through_norm(norm, decision.site.out_channels).to(targets[0])
-        targets = [y + d * factor[:, None, None] for y, d in zip(targets, visit.drift, strict=True)]
+        factor = factor.view(-1, *(1 for _ in decision.site.kernel_size))
+        targets = [y + d * factor for y, d in zip(targets, visit.drift, strict=True)]
     fit_unit(
         conversion.unit(decision),
         conversion.original(decision),
         norm,
-        inputs=[_batched(x) for x in visit.inputs],
-        targets=[_batched(y) for y in targets],
+        inputs=[_batched(x, decision) for x in visit.inputs],
+        targets=[_batched(y, decision) for y in targets],
         refit_primary=refit_primary,
         generator=torch.Generator().manual_seed(conversion.seed),
     )
 
 
-def _batched(maps: Tensor) -> Tensor:
-    """``(b, c, h, w)``, also of a map ``(c, h, w)`` without a batch."""
-    return maps if maps.dim() == 4 else maps.unsqueeze(0)
+def _batched(maps: Tensor, decision: Decision) -> Tensor:
+    """``(b, c, …)``, also of a map ``(c, …)`` without a batch."""
+    return maps if maps.dim() == 2 + len(decision.site.kernel_size) else maps.unsqueeze(0)
 
 
 def _through_norm(norm: nn.Module | None, channels: int) -> Tensor:

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.calibration import Calibration, calibration_chunks, check_runs
 from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
 from ghostify.conversion.verification import verify
 from ghostify.errors import InputsError, OptionError, PlanMismatchError, TraceError
-from ghostify.nn.ghost import GhostConv2d
+from ghostify.nn.ghost import GhostConv
 from ghostify.planning import Override, chosen_spec, override_specs, plan_traced, skip_patterns
 from ghostify.spec import Decision, GhostSpec, Plan
 from ghostify.tracing import Example, ExampleInputs, Trace, copier_memo, evaluating, fingerprint, trace
@@ -172,7 +173,7 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
     memo: dict[int, object] = {}
     for decision in decisions:
         conv = model.get_submodule(decision.site.name)
-        assert isinstance(conv, nn.Conv2d)  # the rules replace nothing else
+        assert isinstance(conv, _ConvNd)  # the rules replace nothing else
         assert decision.spec is not None  # it is a replaced one
         chain = decision.site.chain
         inside = decision.spec.placement == "paper" and chain is not None
@@ -180,7 +181,7 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
         activation = _activation(chain.activation, model) if inside and chain is not None else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + len(memo))
-            memo[id(conv)] = GhostConv2d.from_conv(conv, decision.spec, norm=norm, activation=activation)
+            memo[id(conv)] = GhostConv.from_conv(conv, decision.spec, norm=norm, activation=activation)
         if norm is not None:
             memo[id(norm)] = nn.Identity().train(norm.training)
     student = copy.deepcopy(model, {**copier_memo(model), **memo})

@@ -5,80 +5,82 @@ Products are taken in float32, sums are kept in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 _LARGEST_PART = 64_000_000
 
 
 @dataclass(frozen=True)
 class Window:
-    """Which input pixels an output pixel of a convolution sees.
+    """Which input pixels an output pixel of a convolution sees, in one to three dimensions.
 
     Attributes:
         kernel: Side lengths ``(h, w)``.
         stride: Steps ``(h, w)``.
         dilation: Distances of the taps ``(h, w)``.
-        pads: Pixels before and after: ``(left, right, top, bottom)``, as ``F.pad`` takes them.
+        pads: Pixels before and after, last dimension first, as ``F.pad`` takes them: ``(left, right, top, bottom)``.
         mode: Padding mode as in ``nn.Conv2d``.
     """
 
-    kernel: tuple[int, int]
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pads: tuple[int, ...]
     mode: str = "zeros"
 
     @staticmethod
-    def of(conv: nn.Conv2d) -> Window:
+    def of(conv: _ConvNd) -> Window:
         """The window of a plain convolution."""
-        left, right, top, bottom = conv._reversed_padding_repeated_twice
-        return Window(
-            (conv.kernel_size[0], conv.kernel_size[1]),
-            (conv.stride[0], conv.stride[1]),
-            (conv.dilation[0], conv.dilation[1]),
-            (left, right, top, bottom),
-            conv.padding_mode,
-        )
+        pads = tuple(conv._reversed_padding_repeated_twice)
+        return Window(tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation), pads, conv.padding_mode)
 
     @staticmethod
-    def depthwise(side: int) -> Window:
+    def depthwise(side: int, dims: int) -> Window:
         """The window of a cheap operation with kernels of the given side."""
-        half = side // 2
-        return Window((side, side), pads=(half, half, half, half))
+        ones = (1,) * dims
+        return Window((side,) * dims, ones, ones, (side // 2,) * (2 * dims))
 
-    def size_after(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the output."""
-        left, right, top, bottom = self.pads
-        sides = (height + top + bottom, width + left + right)
-        h, w = (
+    def size_after(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size of the output for an input of spatial size ``(h, w)``."""
+        padded = (side + sum(self.pads[2 * i : 2 * i + 2]) for side, i in zip(size, reversed(range(len(size)))))
+        return tuple(
             (side - dilation * (kernel - 1) - 1) // stride + 1
-            for side, dilation, kernel, stride in zip(sides, self.dilation, self.kernel, self.stride, strict=True)
+            for side, dilation, kernel, stride in zip(padded, self.dilation, self.kernel, self.stride, strict=True)
         )
-        return h, w
 
     def patches(self, x: Tensor, pixels: Tensor) -> Tensor:
         """What the given output pixels see.
 
         Args:
-            x: ``(b, c, h, w)``.
+            x: ``(b, c, …)``.
             pixels: Flat indices of output pixels, ``(p,)``.
 
         Returns:
             ``(b·p, c, k)`` with the ``k`` taps in the order of a flattened kernel.
         """
-        width_out = self.size_after(x.shape[2], x.shape[3])[1]
         mode = "constant" if self.mode == "zeros" else self.mode
         padded = F.pad(x, self.pads, mode=mode) if any(self.pads) else x
-        width = padded.shape[3]
-        rows = torch.arange(self.kernel[0], device=x.device) * self.dilation[0]
-        columns = torch.arange(self.kernel[1], device=x.device) * self.dilation[1]
-        taps = (rows[:, None] * width + columns).flatten()
-        corners = (pixels // width_out) * self.stride[0] * width + (pixels % width_out) * self.stride[1]
+        size = padded.shape[2:]
+        strides = [math.prod(size[dim + 1 :]) for dim in range(len(size))]
+        taps = torch.tensor(
+            [
+                sum(tap * dilation * stride for tap, dilation, stride in zip(at, self.dilation, strides, strict=True))
+                for at in product(*map(range, self.kernel))
+            ],
+            device=x.device,
+        )
+        place = torch.unravel_index(pixels, self.size_after(tuple(x.shape[2:])))
+        corners = torch.zeros_like(pixels)
+        for at, step, stride in zip(place, self.stride, strides, strict=True):
+            corners += at * step * stride
         index = (corners[:, None] + taps).flatten()
         gathered = padded.flatten(2).index_select(2, index)
         b, c = x.shape[:2]
@@ -86,7 +88,7 @@ class Window:
 
 
 def at_pixels(maps: Tensor, pixels: Tensor) -> Tensor:
-    """The values of maps ``(b, n, h, w)`` at flat pixel indices ``(p,)``, as ``(b·p, n)``."""
+    """The values of maps ``(b, n, …)`` at flat pixel indices ``(p,)``, as ``(b·p, n)``."""
     return maps.flatten(2).index_select(2, pixels).transpose(1, 2).flatten(0, 1)
 
 
@@ -98,8 +100,8 @@ def in_parts(pixels: Tensor, numbers_per_pixel: int) -> Iterator[Tensor]:
 
 
 def sample_pixels(maps: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Flat indices of some pixels of maps ``(b, n, h, w)``; at least one, all of them if ``share ≥ 1``."""
-    total = maps.shape[2] * maps.shape[3]
+    """Flat indices of some pixels of maps ``(b, n, …)``; at least one, all of them if ``share ≥ 1``."""
+    total = math.prod(maps.shape[2:])
     count = min(total, max(1, round(total * share)))
     chosen = torch.randperm(total, generator=generator)[:count].sort().values
     return chosen.to(maps.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ghostify.errors import ConversionError, TraceError
+from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
 from ghostify.tracing import Trace, copier_memo
 
@@ -48,8 +49,9 @@ def _run_recorded(student: nn.Module, facts: Trace, names: list[str]) -> tuple[d
     handles = []
     for name in names:
 
-        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-            made[name].append(tuple(output.shape[-3:]))
+        def record(unit: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            assert isinstance(unit, GhostConv)  # what the plan put there
+            made[name].append(tuple(output.shape[unit.channel_dim :]))
 
         handles.append(student.get_submodule(name).register_forward_hook(record))
     try:

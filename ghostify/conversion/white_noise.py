@@ -9,21 +9,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.choice import choose_layout
 from ghostify.conversion.statistics import ridge_solve
-from ghostify.nn.ghost import GhostConv2d
+from ghostify.nn.ghost import GhostConv
 from ghostify.nn.layout import intrinsic_positions
+from ghostify.nn.selection import filters_of
 
 _RIDGE = 1e-4
 
 
-def white_explained(conv: nn.Conv2d, weight: Tensor) -> Tensor:
+def white_explained(conv: _ConvNd, weight: Tensor) -> Tensor:
     """How much of each channel a multiple of each other channel explains: squared cosine times ``weight``, ``(n, n)``.
 
     Channels of different groups see different inputs and explain nothing of each other.
     """
-    filters = F.normalize(conv.weight.detach().float().flatten(1))
+    filters = F.normalize(filters_of(conv).float().flatten(1))
     n, per_group = len(filters), conv.out_channels // conv.groups
     if conv.groups == 1:
         cosine = filters @ filters.T
@@ -38,7 +40,7 @@ def white_explained(conv: nn.Conv2d, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def solve_kernels(unit: GhostConv2d, conv: nn.Conv2d, norm: nn.Module | None, explained: Tensor) -> None:
+def solve_kernels(unit: GhostConv, conv: _ConvNd, norm: nn.Module | None, explained: Tensor) -> None:
     """Choose the unit's channels and solve its cheap kernels; its norm's mean follows where one is known.
 
     Args:
@@ -55,46 +57,58 @@ def solve_kernels(unit: GhostConv2d, conv: nn.Conv2d, norm: nn.Module | None, ex
     positions = layout[m:] if fusion == "concat" else layout
     primary = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)]
     parents = primary[unit.parents()]
-    filters = conv.weight.detach().float()
-    stride, dilation = conv.stride, conv.dilation
+    filters = filters_of(conv).float()
     if fusion == "mul":
         # A gate that is constant: the best multiple of the parent.
         side = 1
-    half = side // 2
-    gram_of = _correlation(filters[primary], filters[primary], stride, dilation, 2 * half)
-    offsets = torch.cartesian_prod(torch.arange(side), torch.arange(side)).reshape(-1, 2)
-    difference = offsets[None] - offsets[:, None] + 2 * half
-    gram = gram_of[:, difference[..., 0], difference[..., 1]][unit.parents()]
+    taps = _grid(range(side), unit.dims)
+    # Two taps of one cheap kernel lie up to twice as far from each other as a tap from the centre.
+    offsets = 2 * side - 1
+    between = (taps[None] - taps[:, None] + side - 1) @ offsets ** torch.arange(unit.dims - 1, -1, -1)
+    gram = _correlation(filters[primary], filters[primary], conv, offsets // 2)[:, between][unit.parents()]
     same_group = (parents // (conv.out_channels // conv.groups)) == (positions // (conv.out_channels // conv.groups))
-    cross = _correlation(filters[parents], filters[positions], stride, dilation, half).flatten(1)
+    cross = _correlation(filters[parents], filters[positions], conv, side // 2)
     cross = cross * same_group[:, None].to(cross)
-    kernels = ridge_solve(gram.double(), cross.double().unsqueeze(-1), _RIDGE).squeeze(-1).view(-1, side, side)
-    total = kernels.sum((1, 2))
+    kernels = ridge_solve(gram.double(), cross.double().unsqueeze(-1), _RIDGE).squeeze(-1)
+    total = kernels.sum(1)
     bias = None
     if conv.bias is not None:
         bias = conv.bias[positions] - total * conv.bias[parents]
     if fusion == "add":
-        kernels[:, half, half] -= 1
+        kernels[:, len(taps) // 2] -= 1
     if fusion == "mul":
         bias = total
-        kernels = torch.zeros(len(total), unit.spec.dw_size, unit.spec.dw_size, dtype=total.dtype)
-    unit.cheap_operation.assign(kernels, bias)
+        kernels = kernels.new_zeros(len(total), unit.spec.dw_size**unit.dims)
+    unit.cheap_operation.assign(kernels.view(-1, *(unit.spec.dw_size,) * unit.dims), bias)
     mean = getattr(norm, "running_mean", None)
     if unit.spec.placement == "linear" and mean is not None and conv.bias is None:
         # The parent's mean is known, so the ghost's is; the norm must take out that one.
         mean[positions] = (total.to(mean) * mean[parents]).clone()
 
 
-def _correlation(a: Tensor, b: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], reach: int) -> Tensor:
-    """``R_ab(δ)`` of pairs of filters ``(k, c, h, w)`` for offsets up to ``reach``: ``(k, 2·reach+1, 2·reach+1)``."""
-    k, _, h, w = a.shape
-    products = (a.flatten(2).transpose(1, 2) @ b.flatten(2)).view(k, h, w, h, w)
-    down, right = (_meeting(size, step, gap, reach).to(a) for size, step, gap in zip((h, w), stride, dilation))
-    return torch.einsum("khwij,hir,wjs->krs", products, down, right)
+def _correlation(a: Tensor, b: Tensor, conv: _ConvNd, reach: int) -> Tensor:
+    """``R_ab(δ)`` of pairs of filters of a convolution for offsets up to ``reach``.
+
+    Args:
+        a: ``(k, c, h, w)``, or with one or three spatial dimensions.
+        b: Of the same shape.
+        conv: Its stride and dilation count. A transposed convolution steps on its input, so its
+            outputs lie next to each other.
+        reach: Largest offset in output pixels.
+
+    Returns:
+        ``(k, offsets)``, the last dimension of the offset fastest.
+    """
+    dims = a.dim() - 2
+    products = a.flatten(2).transpose(1, 2) @ b.flatten(2)  # (k, taps of a, taps of b)
+    offsets = _grid(range(-reach, reach + 1), dims)
+    taps = torch.cartesian_prod(*map(torch.arange, a.shape[2:])).view(-1, dims)
+    apart = (taps[None] - taps[:, None]) * torch.tensor(conv.dilation)
+    step = torch.ones(dims, dtype=torch.long) if conv.transposed else torch.tensor(conv.stride)
+    meet = (apart[..., None, :] == offsets * step).all(-1)  # (taps of a, taps of b, offsets)
+    return products.flatten(1) @ meet.flatten(0, 1).to(a)
 
 
-def _meeting(size: int, stride: int, dilation: int, reach: int) -> Tensor:
-    """One where tap ``i`` of a filter meets tap ``h`` of another that stands ``r - reach`` output pixels further."""
-    tap = torch.arange(size)
-    apart = dilation * (tap - tap[:, None])
-    return apart[..., None] == stride * torch.arange(-reach, reach + 1)
+def _grid(side: range, dims: int) -> Tensor:
+    """All points of a cube, the last dimension fastest, ``(points, dims)``."""
+    return torch.cartesian_prod(*[torch.tensor(side)] * dims).view(-1, dims)

@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion import rebuild
 from ghostify.deployment.manifest import (
@@ -25,7 +26,7 @@ from ghostify.deployment.manifest import (
 )
 from ghostify.errors import ArtefactError, OutputError
 from ghostify.files import atomic_folder
-from ghostify.nn.ghost import GhostConv2d
+from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
 from ghostify.tracing import fingerprint
 
@@ -179,7 +180,7 @@ def _differences(content: Content, base: nn.Module) -> str:
     for decision in content.plan.replaced:
         site, conv = decision.site, modules.get(decision.site.name)
         wanted = f"{site.in_channels}→{site.out_channels} {site.kernel_size}"
-        if not isinstance(conv, nn.Conv2d):
+        if not isinstance(conv, _ConvNd):
             lines.append(f"{site.name} is {type(conv).__name__ if conv else 'missing'}, stored a convolution {wanted}")
         elif (conv.in_channels, conv.out_channels, conv.kernel_size) != (
             site.in_channels,
@@ -288,7 +289,7 @@ def _check_orders(folder: Path, state: dict[str, Tensor], model: nn.Module) -> N
 def _orders(model: nn.Module) -> dict[str, int]:
     """Name and length of the channel order that every Ghost unit may have."""
     named = model.named_modules(remove_duplicate=False)  # the state names a tensor under every alias of its module
-    units = ((name, module) for name, module in named if isinstance(module, GhostConv2d))
+    units = ((name, module) for name, module in named if isinstance(module, GhostConv))
     return {f"{name}.channel_order" if name else "channel_order": unit.out_channels for name, unit in units}
 
 

@@ -5,113 +5,37 @@ Source: Han et al., "GhostNet: More Features from Cheap Operations" (arXiv 1911.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
+from ghostify.nn.cheap import CONVOLUTIONS, CheapOperation
 from ghostify.nn.layout import intrinsic_positions, natural_layout, position_parents
 from ghostify.nn.selection import select_channels
 from ghostify.spec import GhostSpec
 
-Size2d = int | tuple[int, int]
+Size = int | tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
+# By the number of spatial dimensions.
+_NORMS: dict[int, Callable[..., _BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
-class CheapOperation(nn.Module):
-    """Depthwise maps of a primary map (arXiv 1911.11907, eq. 3), stride 1, same size.
 
-    Args:
-        channels: Primary channels ``m``.
-        copies: Depthwise maps of every primary channel.
-        extra: The first ``extra`` primary channels get one more.
-        dw_size: Side ``d`` of the depthwise kernels, odd.
-        bias: Whether the maps have a bias.
-        device: Where the parameters are made.
-        dtype: Their type.
+class GhostConv(nn.Module):
+    """A convolution with the signature, output shape and channel order of torch's, at 1/ratio of the cost.
+
+    This is what [GhostConv1d][ghostify.nn.GhostConv1d], [GhostConv2d][ghostify.nn.GhostConv2d] and
+    [GhostConv3d][ghostify.nn.GhostConv3d] have in common; in the place of a transposed convolution
+    stands the same unit around a transposed primary.
+
+    See [GhostConv2d][ghostify.nn.GhostConv2d] for the arguments.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        copies: int,
-        extra: int,
-        *,
-        dw_size: int,
-        bias: bool,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.channels = channels
-        self.copies = copies
-        self.extra = extra
-        self.has_bias = bias
-
-        def depthwise(inputs: int, outputs: int) -> nn.Conv2d:
-            return nn.Conv2d(
-                inputs, outputs, dw_size, padding=dw_size // 2, groups=inputs, bias=bias, device=device, dtype=dtype
-            )
-
-        self.every = depthwise(channels, copies * channels) if copies else None
-        self.first = depthwise(extra, extra) if extra else None
-
-    def forward(self, primary: Tensor) -> Tensor:
-        """Map ``(b, m, h, w)`` to ``(b, copies·m + extra, h, w)``."""
-        if self.every is None:
-            return self._of_first(primary)
-        maps: Tensor = self.every(primary)
-        return torch.cat([maps, self._of_first(primary)], dim=-3) if self.extra else maps
-
-    def _of_first(self, primary: Tensor) -> Tensor:
-        assert self.first is not None  # the layout guarantees it: extra > 0
-        maps: Tensor = self.first(primary.narrow(-3, 0, self.extra) if self.extra < self.channels else primary)
-        return maps
-
-    def kernels(self) -> Tensor:
-        """All depthwise kernels in the order of the maps, ``(copies·m + extra, d, d)``."""
-        return torch.cat([conv.weight.squeeze(1) for conv in (self.every, self.first) if conv is not None])
-
-    @torch.no_grad()
-    def assign(self, kernels: Tensor, bias: Tensor | None = None) -> None:
-        """Set all kernels ``(maps, d, d)`` and, where there is one, the bias ``(maps,)``."""
-        start = 0
-        for conv in (self.every, self.first):
-            if conv is None:
-                continue
-            stop = start + conv.out_channels
-            conv.weight.copy_(kernels[start:stop].unsqueeze(1))
-            if conv.bias is not None and bias is not None:
-                conv.bias.copy_(bias[start:stop])
-            start = stop
-
-
-class GhostConv2d(nn.Module):
-    """A convolution with the signature, output shape and channel order of ``nn.Conv2d``, at 1/ratio of the cost.
-
-    Args:
-        in_channels: Input channels ``c``.
-        out_channels: Output channels ``n``.
-        kernel_size: As in ``nn.Conv2d``; so are the next six.
-        stride: Stride of the primary convolution; the cheap operation has stride 1.
-        padding: Padding of the primary convolution.
-        dilation: Dilation of the primary convolution.
-        groups: Groups of the primary convolution; every group gets the same number of intrinsic channels.
-        bias: Whether there is a bias.
-        padding_mode: Padding mode of the primary convolution.
-        spec: Ratio, depthwise size, fusion and placement.
-        device: Where the parameters are made.
-        dtype: Their type.
-
-    Raises:
-        OptionError: ``spec`` is out of range (raised when it is made).
-
-    Example:
-        >>> unit = GhostConv2d(16, 30, 3, padding=1, spec=GhostSpec(ratio=4))
-        >>> unit(torch.zeros(2, 16, 8, 8)).shape, unit.primary_conv.out_channels
-        (torch.Size([2, 30, 8, 8]), 8)
-    """
-
+    dims: int
     primary_conv: nn.Module
     cheap_operation: CheapOperation | None
     primary_norm: nn.Module | None
@@ -123,10 +47,10 @@ class GhostConv2d(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Size2d,
-        stride: Size2d = 1,
-        padding: str | Size2d = 0,
-        dilation: Size2d = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: PaddingMode = "zeros",
@@ -137,25 +61,25 @@ class GhostConv2d(nn.Module):
     ) -> None:
         spec = spec or GhostSpec()
         channels = spec.intrinsic_channels(out_channels, groups)
-        primary = nn.Conv2d(
+        primary = CONVOLUTIONS[self.dims](
             in_channels, channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
         super().__init__()
         self._assemble(primary, out_channels, spec)
         if spec.placement == "paper":
-            self._add_norms(nn.BatchNorm2d(out_channels, device=device, dtype=dtype), torch.arange(out_channels))
+            norm = _NORMS[self.dims](out_channels, device=device, dtype=dtype)
+            self._add_norms(norm, torch.arange(out_channels))
             self.activation = nn.ReLU()
 
-    @classmethod
+    @staticmethod
     def from_conv(
-        cls,
-        conv: nn.Conv2d,
+        conv: _ConvNd,
         spec: GhostSpec,
         *,
         layout: Tensor | None = None,
         norm: nn.Module | None = None,
         activation: nn.Module | None = None,
-    ) -> GhostConv2d:
+    ) -> GhostConv:
         """Make the unit that takes the place of a trained convolution.
 
         The primary is a copy of ``conv`` with the rows of the chosen intrinsic channels. The cheap
@@ -169,11 +93,12 @@ class GhostConv2d(nn.Module):
             norm: For placement ``paper``: the original batch norm, whose channels are shared out to the branches.
             activation: For placement ``paper``: a copy of the activation that the cheap operation reads through.
         """
-        unit = cls.__new__(cls)
+        kind = UNITS[len(conv.kernel_size)]
+        unit = kind.__new__(kind)
         nn.Module.__init__(unit)
         layout = natural_layout(spec, conv.out_channels, conv.groups) if layout is None else layout
         rows = layout[intrinsic_positions(spec, conv.out_channels, conv.groups)]
-        unit._assemble(select_channels(conv, rows, conv.out_channels), conv.out_channels, spec)
+        unit._assemble(select_channels(conv, rows), conv.out_channels, spec)
         if spec.placement == "paper":
             if norm is not None:
                 unit._add_norms(norm, layout)
@@ -182,21 +107,21 @@ class GhostConv2d(nn.Module):
         unit.train(conv.training)
         return unit
 
-    def take_channels(self, conv: nn.Conv2d, layout: Tensor, norm: nn.Module | None = None) -> None:
+    def take_channels(self, conv: _ConvNd, layout: Tensor, norm: nn.Module | None = None) -> None:
         """Choose other intrinsic channels: copy the primary (and the norms) anew from the originals.
 
         Args:
-            conv: The original, as given to [from_conv][ghostify.nn.GhostConv2d.from_conv].
+            conv: The original, as given to [from_conv][ghostify.nn.ghost.GhostConv.from_conv].
             layout: The original channel at every position of the unit's own layout, ``(n,)``.
             norm: The original norm where this unit holds norms.
         """
         rows = layout[intrinsic_positions(self.spec, self.out_channels, self.groups)]
-        self.primary_conv = select_channels(conv, rows, self.out_channels)
+        self.primary_conv = select_channels(conv, rows)
         if self.primary_norm is not None and norm is not None:
             self._add_norms(norm, layout)
         self.set_order(layout)
 
-    def _assemble(self, primary: nn.Conv2d, out_channels: int, spec: GhostSpec) -> None:
+    def _assemble(self, primary: _ConvNd, out_channels: int, spec: GhostSpec) -> None:
         self.spec = spec
         self.in_channels, self.out_channels = primary.in_channels, out_channels
         self.kernel_size, self.stride, self.padding = primary.kernel_size, primary.stride, primary.padding
@@ -210,7 +135,16 @@ class GhostConv2d(nn.Module):
         # A gate needs a constant to start as the identity; elsewhere the original decides.
         bias = spec.fusion == "mul" or primary.bias is not None
         self.cheap_operation = (
-            CheapOperation(m, copies, extra, dw_size=spec.dw_size, bias=bias, device=weight.device, dtype=weight.dtype)
+            CheapOperation(
+                m,
+                copies,
+                extra,
+                dims=self.dims,
+                dw_size=spec.dw_size,
+                bias=bias,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
             if copies or extra
             else None
         )
@@ -218,14 +152,19 @@ class GhostConv2d(nn.Module):
         self.register_buffer("channel_order", None)
         if spec.fusion == "mul" and self.cheap_operation is not None:
             kernels = self.cheap_operation.kernels()
-            self.cheap_operation.assign(torch.zeros_like(kernels), torch.ones_like(kernels[:, 0, 0]))
+            self.cheap_operation.assign(torch.zeros_like(kernels), kernels.new_ones(len(kernels)))
 
     def _add_norms(self, norm: nn.Module, layout: Tensor) -> None:
         n = self.out_channels
-        self.primary_norm = select_channels(norm, layout[intrinsic_positions(self.spec, n, self.groups)], n)
+        self.primary_norm = select_channels(norm, layout[intrinsic_positions(self.spec, n, self.groups)])
         if self.cheap_operation is not None:
             cheap = layout[self.intrinsic_channels :] if self.spec.fusion == "concat" else layout
-            self.cheap_norm = select_channels(norm, cheap, n)
+            self.cheap_norm = select_channels(norm, cheap)
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of channels, counted from the end, so that it is the same with and without a batch."""
+        return -(self.dims + 1)
 
     @property
     def intrinsic_channels(self) -> int:
@@ -254,18 +193,18 @@ class GhostConv2d(nn.Module):
         return parents[self.intrinsic_channels :] if self.spec.fusion == "concat" else parents
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(b, c, h, w)`` or ``(c, h, w)`` to ``(b, n, h', w')`` or ``(n, h', w')``, in the original's order."""
+        """Map ``(b, c, …)`` or ``(c, …)`` to ``(b, n, …)`` or ``(n, …)``, in the original's order."""
         primary = self.primary(x)
         maps = primary if self.cheap_operation is None else self.fuse(primary, self.cheap(primary))
-        return maps if self.channel_order is None else maps.index_select(-3, self.channel_order)
+        return maps if self.channel_order is None else maps.index_select(self.channel_dim, self.channel_order)
 
     def primary(self, x: Tensor) -> Tensor:
-        """The primary maps ``(b, m, h', w')`` of an input ``(b, c, h, w)``."""
+        """The primary maps ``(b, m, …)`` of an input ``(b, c, …)``."""
         maps: Tensor = self.primary_conv(x)
         return maps if self.primary_norm is None else self.primary_norm(maps)
 
     def cheap_input(self, primary: Tensor) -> Tensor:
-        """What the cheap operation reads, ``(b, m, h', w')``.
+        """What the cheap operation reads, ``(b, m, …)``.
 
         With placement ``paper`` that is the activated map; the primary map itself is activated by
         the network's own activation after this unit, together with the ghosts.
@@ -273,23 +212,24 @@ class GhostConv2d(nn.Module):
         return primary if self.activation is None else self.activation(primary)
 
     def cheap(self, primary: Tensor) -> Tensor:
-        """The depthwise maps of primary maps ``(b, m, h', w')``."""
+        """The depthwise maps of primary maps ``(b, m, …)``."""
         assert self.cheap_operation is not None  # callers ask only where there is one
         maps: Tensor = self.cheap_operation(self.cheap_input(primary))
         return maps if self.cheap_norm is None else self.cheap_norm(maps)
 
     def fuse(self, primary: Tensor, cheap: Tensor) -> Tensor:
-        """Both branches as ``(b, n, h', w')`` in the unit's own layout."""
+        """Both branches as ``(b, n, …)`` in the unit's own layout."""
         if self.spec.fusion == "concat":
-            return torch.cat([primary, cheap], dim=-3)
+            return torch.cat([primary, cheap], dim=self.channel_dim)
         repeated = self._repeat(primary)
         return repeated + cheap if self.spec.fusion == "add" else repeated * cheap
 
     def _repeat(self, primary: Tensor) -> Tensor:
-        """Every primary map once for each output that stands on it, ``(b, n, h, w)``."""
+        """Every primary map once for each output that stands on it, ``(b, n, …)``."""
         copies, extra = divmod(self.out_channels, self.intrinsic_channels)
-        maps = primary.repeat_interleave(copies, dim=-3) if copies > 1 else primary
-        return torch.cat([maps, primary.narrow(-3, 0, extra)], dim=-3) if extra else maps
+        maps = primary.repeat_interleave(copies, dim=self.channel_dim) if copies > 1 else primary
+        first = primary.narrow(self.channel_dim, 0, extra)
+        return torch.cat([maps, first], dim=self.channel_dim) if extra else maps
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A stored state of this unit has an order or has none, whatever the unit has now.
@@ -303,3 +243,53 @@ class GhostConv2d(nn.Module):
         """What ``print(model)`` shows."""
         order = "" if self.channel_order is None else ", reordered"
         return f"{self.in_channels}, {self.out_channels}, {self.spec}{order}"
+
+
+class GhostConv1d(GhostConv):
+    """A Ghost unit in the place of ``nn.Conv1d``: maps ``(b, c, l)`` to ``(b, n, l')``.
+
+    See [GhostConv2d][ghostify.nn.GhostConv2d] for the arguments.
+    """
+
+    dims = 1
+
+
+class GhostConv2d(GhostConv):
+    """A Ghost unit in the place of ``nn.Conv2d``: maps ``(b, c, h, w)`` to ``(b, n, h', w')``.
+
+    Args:
+        in_channels: Input channels ``c``.
+        out_channels: Output channels ``n``.
+        kernel_size: As in ``nn.Conv2d``; so are the next six.
+        stride: Stride of the primary convolution; the cheap operation has stride 1.
+        padding: Padding of the primary convolution.
+        dilation: Dilation of the primary convolution.
+        groups: Groups of the primary convolution; every group gets the same number of intrinsic channels.
+        bias: Whether there is a bias.
+        padding_mode: Padding mode of the primary convolution.
+        spec: Ratio, depthwise size, fusion and placement.
+        device: Where the parameters are made.
+        dtype: Their type.
+
+    Raises:
+        OptionError: ``spec`` is out of range (raised when it is made).
+
+    Example:
+        >>> unit = GhostConv2d(16, 30, 3, padding=1, spec=GhostSpec(ratio=4))
+        >>> unit(torch.zeros(2, 16, 8, 8)).shape, unit.primary_conv.out_channels
+        (torch.Size([2, 30, 8, 8]), 8)
+    """
+
+    dims = 2
+
+
+class GhostConv3d(GhostConv):
+    """A Ghost unit in the place of ``nn.Conv3d``: maps ``(b, c, t, h, w)`` to ``(b, n, t', h', w')``.
+
+    See [GhostConv2d][ghostify.nn.GhostConv2d] for the arguments.
+    """
+
+    dims = 3
+
+
+UNITS: dict[int, type[GhostConv]] = {1: GhostConv1d, 2: GhostConv2d, 3: GhostConv3d}

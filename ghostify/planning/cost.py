@@ -16,11 +16,7 @@ def conv_macs(site: Site) -> int:
     Args:
         site: The facts of the convolution.
     """
-    if site.transposed:
-        per_pixel = site.out_channels // site.groups * math.prod(site.kernel_size)
-        return round(sum(per_pixel * math.prod(call.input_shape) * call.rows for call in site.calls))
-    per_pixel = site.in_channels // site.groups * math.prod(site.kernel_size)
-    return _times_pixels(site, site.out_channels * per_pixel)
+    return _macs_of(site, site.out_channels)
 
 
 def ghost_macs(site: Site, spec: GhostSpec) -> int:
@@ -31,9 +27,8 @@ def ghost_macs(site: Site, spec: GhostSpec) -> int:
         spec: The unit.
     """
     primary = spec.intrinsic_channels(site.out_channels, site.groups)
-    per_pixel = site.in_channels // site.groups * math.prod(site.kernel_size)
     cheap = spec.cheap_channels(site.out_channels, site.groups) * spec.dw_size ** len(site.kernel_size)
-    return _times_pixels(site, primary * per_pixel + cheap)
+    return _macs_of(site, primary) + _times_pixels(site, cheap)
 
 
 def ghost_params(site: Site, spec: GhostSpec) -> int:
@@ -55,6 +50,15 @@ def ghost_params(site: Site, spec: GhostSpec) -> int:
     if spec.placement == "paper" and site.chain is not None and site.chain.norm is not None:
         params += 2 * (primary + cheap - n)
     return params
+
+
+def _macs_of(site: Site, out_channels: int) -> int:
+    """Multiply-accumulates of a convolution like the site's with so many output channels."""
+    taps = math.prod(site.kernel_size)
+    if site.transposed:  # every input pixel meets every tap
+        per_pixel = out_channels // site.groups * taps
+        return round(sum(per_pixel * math.prod(call.input_shape) * call.rows for call in site.calls))
+    return _times_pixels(site, out_channels * site.in_channels // site.groups * taps)
 
 
 def _times_pixels(site: Site, per_pixel: int) -> int:

@@ -18,11 +18,13 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from ghostify.errors import PlanError, TraceError
-from ghostify.nn.ghost import GhostConv2d
+from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
 from ghostify.tracing.example import Example, ExampleInputs
 from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
+
+_REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
     if not convolutions:
         raise PlanError(
             f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
-            "ghostify converts networks that hold torch.nn.Conv2d modules."
+            "ghostify converts networks that hold torch.nn.Conv1d, Conv2d or Conv3d modules, transposed or not."
         )
     calls, unusual, outputs, count = _record(model, convolutions, example)
     graph, note = _graph_or_reason(model, example, convolutions, calls)
     nodes = _nodes_by_module(graph)
     owners = _owners(model)
-    units = [f"{name}." for name, module in model.named_modules() if isinstance(module, GhostConv2d)]
+    units = [f"{name}." for name, module in model.named_modules() if isinstance(module, GhostConv)]
     sites = [
         _site(
             name,
@@ -203,7 +205,7 @@ def _site(
         groups=module.groups,
         bias=module.bias is not None,
         params=sum(parameter.numel() for parameter in own),
-        channel_params=sum(p.numel() // p.shape[0] for p in own if p.dim() and p.shape[0] == module.out_channels),
+        channel_params=_channel_params(module),
         calls=tuple(call for _, call in calls),
         order=min((position for position, _ in calls), default=-1),
         obstacle=obstacle,
@@ -212,6 +214,14 @@ def _site(
         else None,
         transposed=module.transposed,
     )
+
+
+def _channel_params(module: _ConvNd) -> int:
+    """Parameters that belong to one output channel: those that `select_channels` would leave out with it."""
+    n = module.out_channels
+    weight = module.weight.numel() // n
+    rest = (p for name, p in module.named_parameters(recurse=False) if name != "weight")
+    return weight + sum(p.numel() // n for p in rest if p.dim() and p.shape[0] == n)
 
 
 @dataclass
@@ -250,8 +260,8 @@ def _obstacle(name: str, module: _ConvNd, owners: dict[int, list[str]]) -> str:
     """Why a module cannot be replaced without changing its meaning; empty if it can."""
     if not name:
         return "it is the whole model; put it into an nn.Sequential"
-    if not isinstance(module, nn.Conv2d):
-        return f"{type(module).__name__}: only Conv2d is replaced"
+    if not isinstance(module, _REPLACEABLE):
+        return f"{type(module).__name__}: not a kind of torch.nn.Conv1d to 3d, transposed or not"
     if is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is computed anew at every call (parametrization)"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

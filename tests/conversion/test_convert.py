@@ -11,6 +11,7 @@ import ghostify
 from ghostify import GhostConv2d, GhostSpec
 from ghostify.conversion import INITIALISERS
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError
+from ghostify.nn import GhostConv
 from ghostify.nn.cifar import CifarResNet, resnet20, resnet56
 from ghostify.nn.selection import select_channels
 from ghostify.tracing import evaluating
@@ -87,6 +88,41 @@ def test_a_layer_that_can_be_represented_is_recovered(name):
     small = ghostify.convert(model, example_inputs=X, calibration=IMAGES, initialiser=name)
     assert isinstance(small[1], GhostConv2d)
     assert error(small, model) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["weights", "least-squares", "sequential"])
+@pytest.mark.parametrize("fusion", ["concat", "add"])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(8, 8, 3, bias=False, padding=1),
+        nn.Conv3d(16, 8, (2, 3, 3), bias=False, padding=1, dilation=(1, 2, 1)),
+        nn.ConvTranspose1d(16, 8, 4, stride=2, bias=False),
+        nn.ConvTranspose2d(32, 8, 3, stride=2, groups=2, bias=False),
+        nn.ConvTranspose3d(64, 8, 2, stride=2, bias=False),
+    ],
+    ids=lambda conv: type(conv).__name__,
+)
+def test_a_layer_of_any_kind_is_recovered(conv, fusion, name):
+    """As above: the last channels of every group are multiples of the first ones."""
+    torch.manual_seed(0)
+    conv, dims = copy.deepcopy(conv), len(conv.kernel_size)
+    channels = 1 if conv.transposed else 0
+    per_group = conv.weight.shape[1] if conv.transposed else 8
+    with torch.no_grad():
+        first, last = conv.weight.chunk(2, channels) if per_group == 8 else conv.weight.chunk(2, 1)
+        last.copy_(-2 * first)
+    x, many = torch.randn(2, 3, *(9, 8, 7)[:dims]), torch.randn(48, 3, *(9, 8, 7)[:dims])
+    stem = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims](3, conv.in_channels, 1)
+    norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims](8)
+    model = nn.Sequential(stem, conv, norm, nn.Flatten(), nn.LazyLinear(2)).eval()
+    model(x)
+    small = ghostify.convert(
+        model, spec=GhostSpec(2, fusion=fusion), example_inputs=x, calibration=many, initialiser=name
+    )
+    assert isinstance(small[1], GhostConv)
+    with torch.no_grad():
+        assert torch.allclose(small(x), model(x), atol=0.02 * float(model(x).std()))
 
 
 @pytest.mark.parametrize("inputs", [IMAGES, [IMAGES[:40], IMAGES[40:]], [(IMAGES, torch.zeros(96))]])
@@ -222,7 +258,7 @@ def test_the_walk_computes_what_the_models_compute():
 
 def test_chosen_channels_are_copied_and_nothing_else():
     conv = nn.Conv2d(3, 8, 3)
-    half = select_channels(conv, torch.tensor([7, 0]), 8)
+    half = select_channels(conv, torch.tensor([7, 0]))
     assert torch.equal(half.weight, conv.weight[[7, 0]])
     assert torch.equal(half.bias, conv.bias[[7, 0]])
     assert half.weight.data_ptr() != conv.weight.data_ptr()

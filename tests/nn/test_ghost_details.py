@@ -226,7 +226,7 @@ def test_what_is_frozen_and_in_another_format_stays_so():
 def test_selecting_from_a_norm():
     norm = nn.BatchNorm2d(5)
     norm.running_mean.copy_(torch.arange(5))
-    chosen = select_channels(norm, torch.tensor([4, 2]), 5)
+    chosen = select_channels(norm, torch.tensor([4, 2]))
     assert chosen.num_features == 2
     assert chosen.running_mean.tolist() == [4, 2]
     assert norm.running_mean.tolist() == [0, 1, 2, 3, 4]

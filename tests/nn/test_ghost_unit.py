@@ -7,29 +7,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostify import GhostConv2d, GhostSpec
+from ghostify import GhostSpec
 from ghostify.errors import OptionError
+from ghostify.nn import GhostConv, GhostConv1d, GhostConv2d, GhostConv3d
 from ghostify.nn.layout import intrinsic_positions, natural_layout, position_parents
 from ghostify.planning.cost import ghost_macs, ghost_params
 from ghostify.tracing import count_macs, trace
 
+KINDS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
 
 @st.composite
-def convolutions(draw):
+def convolutions(draw, dims=(2, 2, 2, 1, 3)):
+    """Any convolution; a transposed one cannot pad by a rule."""
+    dims, transposed = draw(st.sampled_from(dims)), draw(st.sampled_from([False, False, True]))
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
-    same = draw(st.booleans())
-    return nn.Conv2d(
+    same = not transposed and draw(st.booleans())
+    options = {
+        "stride": 1 if same else draw(st.integers(1, 2)),
+        "padding": "same" if same else draw(st.tuples(*[st.integers(0, 2)] * dims)),
+        "dilation": draw(st.integers(1, 2)),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+    if transposed:
+        options["output_padding"] = draw(st.integers(0, max(options["stride"], options["dilation"]) - 1))
+    else:
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    return KINDS[dims][transposed](
         groups * draw(st.integers(1, 4)),
         groups * draw(st.integers(1, 7)),
-        kernel,
-        stride=1 if same else draw(st.integers(1, 2)),
-        padding="same" if same else draw(st.tuples(st.integers(0, 2), st.integers(0, 2))),
-        dilation=draw(st.integers(1, 2)),
-        groups=groups,
-        bias=draw(st.booleans()),
-        padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
+        draw(st.tuples(*[st.integers(1, 4)] * dims)),
+        **options,
     )
+
+
+def maps_for(conv, batch=2):
+    return torch.randn(batch, conv.in_channels, *(9, 8, 7)[: len(conv.kernel_size)])
 
 
 specs = st.builds(
@@ -44,19 +59,19 @@ specs = st.builds(
 @settings(deadline=None, max_examples=150)
 @given(conv=convolutions(), spec=specs)
 def test_shape_cost_state_and_gradients(conv, spec):
-    n = conv.out_channels
-    unit = GhostConv2d.from_conv(conv, spec, norm=nn.BatchNorm2d(n), activation=nn.ReLU())
-    x = torch.randn(2, conv.in_channels, 9, 8)
+    n, norm = conv.out_channels, NORMS[len(conv.kernel_size)]
+    unit = GhostConv.from_conv(conv, spec, norm=norm(n), activation=nn.ReLU())
+    x = maps_for(conv)
     made, wanted = unit(x), conv(x)
     assert made.shape == wanted.shape
     assert made.dtype == wanted.dtype
     made.square().sum().backward()
     assert all(parameter.grad is not None for parameter in unit.parameters())
-    plain = GhostConv2d.from_conv(conv, GhostSpec(spec.ratio, spec.dw_size, spec.fusion))
+    plain = GhostConv.from_conv(conv, GhostSpec(spec.ratio, spec.dw_size, spec.fusion))
     site = trace(nn.Sequential(conv), x).sites[0]
     assert ghost_params(site, plain.spec) == sum(parameter.numel() for parameter in plain.parameters())
     assert ghost_macs(site, plain.spec) == count_macs(plain, x).macs
-    again = GhostConv2d.from_conv(conv, spec, norm=nn.BatchNorm2d(n), activation=nn.ReLU())
+    again = GhostConv.from_conv(conv, spec, norm=norm(n), activation=nn.ReLU())
     again.load_state_dict(unit.state_dict())
     assert torch.equal(again.eval()(x), unit.eval()(x))
 
@@ -69,17 +84,17 @@ def test_intrinsic_channels_are_the_originals_in_their_places(conv, spec, seed):
     layout = natural_layout(spec, n, conv.groups)
     if conv.groups == 1:
         layout = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    unit = GhostConv2d.from_conv(conv, spec, layout=layout)
+    unit = GhostConv.from_conv(conv, spec, layout=layout)
     rows = layout[intrinsic_positions(spec, n, conv.groups)]
-    x = torch.randn(2, conv.in_channels, 9, 8)
+    x = maps_for(conv)
     assert torch.allclose(unit(x)[:, rows], conv(x)[:, rows], atol=1e-5)
 
 
 @settings(deadline=None, max_examples=30)
 @given(conv=convolutions())
 def test_ratio_1_is_the_original(conv):
-    x = torch.randn(2, conv.in_channels, 9, 8)
-    assert torch.equal(GhostConv2d.from_conv(conv, GhostSpec(1))(x), conv(x))
+    x = maps_for(conv)
+    assert torch.equal(GhostConv.from_conv(conv, GhostSpec(1))(x), conv(x))
 
 
 @settings(deadline=None, max_examples=30)
@@ -90,22 +105,22 @@ def test_a_gate_starts_as_the_identity(conv, ratio, seed):
     layout = natural_layout(spec, n, conv.groups)
     if conv.groups == 1:
         layout = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    unit = GhostConv2d.from_conv(conv, spec, layout=layout)
-    x = torch.randn(2, conv.in_channels, 9, 8)
+    unit = GhostConv.from_conv(conv, spec, layout=layout)
+    x = maps_for(conv)
     parents = layout[intrinsic_positions(spec, n, conv.groups)][position_parents(spec, n, conv.groups)]
     assert torch.allclose(unit(x)[:, layout], conv(x)[:, parents], atol=1e-5)
 
 
 @settings(deadline=None, max_examples=60)
-@given(conv=convolutions(), spec=specs, seed=st.integers(0, 99))
+@given(conv=convolutions(dims=[2]), spec=specs, seed=st.integers(0, 99))
 def test_the_unit_computes_the_papers_formula(conv, spec, seed):
     """Written out channel by channel: primary map H, cheap maps G on it, met as concat, H + G or H · G."""
     spec, n = GhostSpec(spec.ratio, spec.dw_size, spec.fusion), conv.out_channels
     layout = natural_layout(spec, n, conv.groups)
     if conv.groups == 1:
         layout = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    unit = GhostConv2d.from_conv(conv, spec, layout=layout)
-    x = torch.randn(1, conv.in_channels, 9, 8)
+    unit = GhostConv.from_conv(conv, spec, layout=layout)
+    x = maps_for(conv, 1)
     made, primary = unit(x), unit.primary_conv(x)
     if unit.cheap_operation is None:
         return
@@ -126,7 +141,7 @@ def test_the_unit_computes_the_papers_formula(conv, spec, seed):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_type_memory_format_and_single_maps_are_the_convolutions(fusion, dtype):
     conv = nn.Conv2d(4, 7, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
-    unit = GhostConv2d.from_conv(conv, GhostSpec(1.5, fusion=fusion), layout=torch.tensor([6, 1, 2, 3, 4, 5, 0]))
+    unit = GhostConv.from_conv(conv, GhostSpec(1.5, fusion=fusion), layout=torch.tensor([6, 1, 2, 3, 4, 5, 0]))
     x = torch.randn(2, 4, 6, 6, dtype=dtype)
     assert {parameter.dtype for parameter in unit.parameters()} == {dtype}
     assert unit.primary_conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -135,10 +150,21 @@ def test_type_memory_format_and_single_maps_are_the_convolutions(fusion, dtype):
     assert torch.allclose(unit(x[0]), unit(x)[0], atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "conv"), [(GhostConv1d, nn.Conv1d), (GhostConv2d, nn.Conv2d), (GhostConv3d, nn.Conv3d)]
+)
+@pytest.mark.parametrize("placement", ["linear", "paper"])
+def test_a_unit_made_by_hand_has_the_convolutions_signature(kind, conv, placement):
+    options = {"stride": 2, "padding": 1, "groups": 2, "bias": False, "padding_mode": "circular"}
+    unit = kind(4, 10, 3, **options, spec=GhostSpec(2, placement=placement))
+    assert type(GhostConv.from_conv(conv(4, 10, 3, **options), GhostSpec(2))) is kind
+    assert unit(maps_for(unit)).shape == conv(4, 10, 3, **options)(maps_for(unit)).shape
+
+
 def test_the_original_is_copied_never_shared():
     conv = nn.Conv2d(3, 6, 3)
     before = {name: value.clone() for name, value in conv.state_dict().items()}
-    unit = GhostConv2d.from_conv(conv, GhostSpec(1))
+    unit = GhostConv.from_conv(conv, GhostSpec(1))
     with torch.no_grad():
         for parameter in unit.parameters():
             parameter.zero_()
@@ -149,18 +175,18 @@ def test_the_original_is_copied_never_shared():
 def test_a_frozen_convolution_gives_a_frozen_primary():
     conv = nn.Conv2d(3, 6, 3)
     conv.weight.requires_grad_(False)
-    unit = GhostConv2d.from_conv(conv, GhostSpec(2))
+    unit = GhostConv.from_conv(conv, GhostSpec(2))
     assert not unit.primary_conv.weight.requires_grad
     assert unit.primary_conv.bias.requires_grad
 
 
 def test_a_state_without_an_order_loads_into_a_unit_with_one_and_back():
     conv, spec = nn.Conv2d(3, 6, 3), GhostSpec(2)
-    ordered = GhostConv2d.from_conv(conv, spec, layout=torch.tensor([5, 3, 1, 0, 2, 4]))
-    natural = GhostConv2d.from_conv(conv, spec)
+    ordered = GhostConv.from_conv(conv, spec, layout=torch.tensor([5, 3, 1, 0, 2, 4]))
+    natural = GhostConv.from_conv(conv, spec)
     x = torch.randn(1, 3, 5, 5)
     before = ordered(x)
-    copy = GhostConv2d.from_conv(conv, spec)
+    copy = GhostConv.from_conv(conv, spec)
     copy.load_state_dict(ordered.state_dict())
     assert torch.equal(copy(x), before)
     copy.load_state_dict(natural.state_dict())
@@ -174,7 +200,7 @@ def test_a_subclass_keeps_its_own_forward():
             return F.conv2d(F.pad(x, (0, 1, 0, 1)), weight, self.bias, self.stride)
 
     conv = Standardised(3, 6, 2)
-    unit = GhostConv2d.from_conv(conv, GhostSpec(2))
+    unit = GhostConv.from_conv(conv, GhostSpec(2))
     x = torch.randn(1, 3, 5, 5)
     assert torch.allclose(unit(x)[:, :3], conv(x)[:, :3], atol=1e-6)
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 import ghostify
 from ghostify.errors import PlanError, TraceError
@@ -182,11 +184,19 @@ def test_maps_without_a_batch_count_once_for_every_image(batch):
     assert ghostify.tracing.count_macs(small, x).macs == plan.macs_after
 
 
+class OwnKind(_ConvNd):
+    def __init__(self):
+        super().__init__(3, 8, (3, 3), (1, 1), (0, 0), (1, 1), False, (0, 0), 1, True, "zeros")
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias)
+
+
 @pytest.mark.parametrize(
     ("model", "obstacle"),
     [
         (nn.Conv2d(3, 8, 3), "it is the whole model"),
-        (nn.Sequential(nn.ConvTranspose2d(3, 8, 3)), "ConvTranspose2d: only Conv2d is replaced"),
+        (nn.Sequential(OwnKind()), "OwnKind: not a kind of torch.nn.Conv1d to 3d"),
         (nn.Sequential(torch.nn.utils.spectral_norm(nn.Conv2d(3, 8, 3))), "computed anew"),
     ],
 )
