@@ -100,11 +100,12 @@ def channel_weight(norm: nn.Module | None, channels: int) -> Tensor:
 
 def norm_scale(norm: nn.Module | None, channels: int) -> Tensor:
     """Factor by which a batch norm in evaluation mode scales each channel, ``(n,)``; ones without a norm."""
-    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+    variance = getattr(norm, "running_var", None)
+    if not isinstance(variance, Tensor):
         return torch.ones(channels)
-    variance = norm.running_var.double()
-    scale = torch.ones_like(variance) if norm.weight is None else norm.weight.detach().double()
-    return scale / (variance + norm.eps).sqrt()
+    scale, eps = getattr(norm, "weight", None), getattr(norm, "eps", 0.0)
+    deviation = (variance.double() + eps).sqrt()
+    return (scale.detach().double() if isinstance(scale, Tensor) else 1.0) / deviation
 
 
 def _solve_primary(
@@ -134,7 +135,7 @@ def _solve_primary(
     gram, cross = moments.centred() if centred else moments.plain()
     primary = unit.primary_conv
     assert isinstance(primary, _ConvNd)  # a copy of conv
-    old = primary.weight.detach().double().view(groups, -1, gram.shape[-1]).transpose(1, 2)
+    old = primary.weight.detach().double().reshape(groups, -1, gram.shape[-1]).transpose(1, 2)
     new = ridge_solve(gram, cross, _PRIMARY_RIDGE, prior=old)
     with torch.no_grad():
         primary.weight.copy_(new.transpose(1, 2).reshape(primary.weight.shape))
@@ -245,7 +246,7 @@ def _is_plain(conv: _ConvNd, window: Window, x: Tensor) -> bool:
     total = math.prod(size)
     pixels = torch.arange(0, total, max(1, total // 64), device=x.device)
     patches = _by_group(window.patches(some, pixels), conv.groups)
-    weight = conv.weight.detach().view(conv.groups, -1, patches.shape[-1])
+    weight = conv.weight.detach().reshape(conv.groups, -1, patches.shape[-1])
     expected = (patches @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
     if conv.bias is not None:
         expected = expected + conv.bias.detach()

@@ -16,7 +16,17 @@ from ghostify.errors import InputsError, OptionError, PlanMismatchError, TraceEr
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning import Override, chosen_spec, override_specs, plan_traced, skip_patterns
 from ghostify.spec import Decision, GhostSpec, Plan
-from ghostify.tracing import Example, ExampleInputs, Trace, copier_memo, evaluating, fingerprint, trace
+from ghostify.tracing import (
+    Example,
+    ExampleInputs,
+    Trace,
+    copier_memo,
+    evaluating,
+    fingerprint,
+    on_meta,
+    trace,
+    unwrapped,
+)
 from ghostify.tracing.graph import FUNCTIONS
 
 
@@ -44,7 +54,8 @@ def convert(
         ('CifarResNet', 'GhostConv2d')
     """
     default = chosen_spec(ratio, spec)
-    start = _chosen_initialiser(initialiser, calibration)
+    model = unwrapped(model)
+    start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model)
     facts = _facts(model, example_inputs, chunks)
     plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default))
@@ -86,8 +97,9 @@ def apply(
         InputsError: The calibration data are empty or do not fit.
         ConversionError: The result does not do what the plan promised.
     """
+    model = unwrapped(model)
     check_fits(plan, model)
-    start = _chosen_initialiser(initialiser, calibration)
+    start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model)
     facts = _facts(model, _made_up(plan, seed) if example_inputs is None and not chunks else example_inputs, chunks)
     known = {site.name: site for site in facts.sites}
@@ -110,6 +122,7 @@ def rebuild(plan: Plan, base: nn.Module) -> nn.Module:
     Raises:
         PlanMismatchError: The plan was made for another model.
     """
+    base = unwrapped(base)
     check_fits(plan, base)
     return _copy_with_units(base, plan.replaced, plan, seed=0)
 
@@ -200,9 +213,11 @@ def _activation(name: str | None, model: nn.Module) -> nn.Module | None:
     return activation
 
 
-def _chosen_initialiser(chosen: str | Initialiser | None, calibration: Calibration | None) -> Initialiser:
+def _chosen_initialiser(
+    chosen: str | Initialiser | None, calibration: Calibration | None, model: nn.Module
+) -> Initialiser:
     if chosen is None:
-        chosen = "weights" if calibration is None else "sequential"
+        chosen = "first" if on_meta(model) else "weights" if calibration is None else "sequential"
     if callable(chosen):
         return chosen
     if chosen not in INITIALISERS:
@@ -211,6 +226,11 @@ def _chosen_initialiser(chosen: str | Initialiser | None, calibration: Calibrati
         raise OptionError(
             f"initialiser={chosen!r} needs calibration inputs. Pass calibration=images (a few hundred, no labels), "
             "or use initialiser='weights'."
+        )
+    if on_meta(model) and chosen not in ("first", "random"):
+        raise OptionError(
+            f"initialiser={chosen!r} needs values, and the model is on the meta device, which has none. "
+            "Load the weights first, or use initialiser='first' for the structure alone."
         )
     return INITIALISERS[chosen]
 

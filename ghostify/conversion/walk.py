@@ -235,8 +235,9 @@ def _drift(
     norm = decision.site.chain.norm if decision.site.chain is not None else None
     follower = only_user(node)
     while follower is not None and follower.op == "call_module":
-        name = str(follower.target)
-        if name != norm and not isinstance(teacher.get_submodule(name), nn.Identity | _DropoutNd):
+        module = teacher.get_submodule(str(follower.target))
+        inside = module.children() if str(follower.target) == norm else [module]
+        if not all(isinstance(part, nn.Identity | _DropoutNd) for part in inside):
             return None  # an activation, say: what is added before it does not arrive behind it
         node, follower = follower, only_user(follower)
     if follower is None or follower.target not in _ADDITIONS or follower.kwargs:

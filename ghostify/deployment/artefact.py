@@ -28,7 +28,7 @@ from ghostify.errors import ArtefactError, OutputError
 from ghostify.files import atomic_folder
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
-from ghostify.tracing import fingerprint
+from ghostify.tracing import fingerprint, on_meta, unwrapped
 
 # The safetensors header: 8 bytes of length, then about this much JSON for every tensor beside its name.
 _HEADER_BYTES_PER_TENSOR = 512
@@ -51,6 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         ArtefactError: The model carries no plan, or state that is no plain tensor.
         OutputError: The folder cannot be written, or holds other files.
     """
+    model = unwrapped(model)
     plan = model_plan(model)
     folder = Path(path)
     _check_replaceable(folder)
@@ -92,6 +93,12 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
     if not isinstance(base, nn.Module):
         raise ArtefactError(
             f"base={base!r} is no model. Pass an instance of the class that was converted, as in base=resnet18()."
+        )
+    base = unwrapped(base)
+    if on_meta(base):
+        raise ArtefactError(
+            f"base={_class(base)} is on the meta device, so what is not in the artefact would have no values. "
+            "Make it on the CPU."
         )
     content = read_manifest(folder)
     _check_base(folder, content, base)

@@ -1,7 +1,7 @@
 """Facts about a model's convolutions: where they are called, with which shapes, and what follows them."""
 
 from ghostify.tracing.counting import MacCount, count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs, copier_memo, evaluating, unmarked
+from ghostify.tracing.example import Example, ExampleInputs, copier_memo, evaluating, on_meta, unmarked, unwrapped
 from ghostify.tracing.trace import Trace, fingerprint, trace
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "count_params",
     "evaluating",
     "fingerprint",
+    "on_meta",
     "state_bytes",
     "trace",
     "unmarked",
+    "unwrapped",
 ]

@@ -120,6 +120,27 @@ class Example:
                 ) from error
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside what torch wraps around it: ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
+
+    Example:
+        >>> type(unwrapped(nn.DataParallel(nn.Conv2d(3, 8, 3)))).__name__
+        'Conv2d'
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":  # its home, torch._dynamo, is slow to import
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether a model has shapes but no values."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Put models into evaluation mode; the ``training`` flag of every module is restored, also after an error."""
@@ -151,7 +172,7 @@ def unmarked(model: nn.Module) -> Iterator[None]:
     the training flags among them, and buffers are as found afterwards, also after an error.
     """
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         with evaluating(model):
             yield

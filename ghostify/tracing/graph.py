@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ghostify.spec import Chain
 from ghostify.tracing.example import Example, unmarked
@@ -34,10 +36,10 @@ _FUNCTION_TARGETS = {
 
 
 class _Tracer(fx.Tracer):
-    """Treats every convolution and every module without children as one node: whatever their class, they stay whole."""
+    """Keeps convolutions, batch norms and modules without children whole, as one node each, whatever their class."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        alone = isinstance(m, _ConvNd) or next(m.children(), None) is None
+        alone = isinstance(m, _ConvNd) or _is_batch_norm(m) or next(m.children(), None) is None
         return alone or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -83,7 +85,7 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
     follower = only_user(node)
     if follower is not None and follower.op == "call_module":
         module = model.get_submodule(str(follower.target))
-        if _is_plain_batch_norm(module):
+        if _is_batch_norm(module):
             if calls[str(follower.target)] == 1:
                 norm = str(follower.target)
                 obstacle = _norm_obstacle(module)
@@ -98,16 +100,19 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
     return Chain(norm, activation, obstacle, _makes_output(node, model))
 
 
-def _is_plain_batch_norm(module: nn.Module) -> bool:
-    """Whether it is a batch norm and nothing more (timm's ``BatchNormAct2d`` has an activation inside)."""
-    return isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and type(module).forward in (
-        nn.BatchNorm2d.forward,
-        nn.SyncBatchNorm.forward,
-    )
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether it normalises every channel by running statistics, whatever else it does.
+
+    So do torch's batch norms, frozen ones (torchvision's, timm's), and timm's ``BatchNormAct2d``.
+    """
+    statistics = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+    return all(isinstance(value, Tensor) for value in statistics) and not isinstance(module, _InstanceNorm)
 
 
 def _norm_obstacle(norm: nn.Module) -> str:
     """Why a batch norm cannot be shared out to the two branches; empty if it can."""
+    if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return f"its norm is a {type(norm).__name__}"
     if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
         return "its norm carries hooks"
     return "" if getattr(norm, "affine", True) else "its norm has no scale and shift"

@@ -21,7 +21,7 @@ from ghostify.errors import PlanError, TraceError
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
-from ghostify.tracing.example import Example, ExampleInputs
+from ghostify.tracing.example import Example, ExampleInputs, unwrapped
 from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
 
 _REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -67,7 +67,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
     left exactly as it was.
 
     Args:
-        model: Any module that runs.
+        model: Any module that runs; torch's wrappers around it are taken off, see
+            [unwrapped][ghostify.tracing.example.unwrapped].
         example_inputs: One batch; see [Example.of][ghostify.tracing.example.Example.of].
 
     Raises:
@@ -76,6 +77,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
         PlanError: The model has no convolution at all.
     """
     example = Example.of(example_inputs)
+    model = unwrapped(model)
     _check_kind(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
     if not convolutions:
@@ -122,6 +124,12 @@ def _check_kind(model: nn.Module) -> None:
             f"model is a {type(model).__name__}: its modules are compiled and cannot be replaced. "
             "Pass the Python model that it was made from."
         )
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise TraceError(
+                f"module {name!r} is a quantised {type(module).__name__}, whose weights cannot be split. "
+                "Convert the float model that it was made from, then quantise the result."
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise TraceError(

@@ -262,3 +262,44 @@ def test_chosen_channels_are_copied_and_nothing_else():
     assert torch.equal(half.weight, conv.weight[[7, 0]])
     assert torch.equal(half.bias, conv.bias[[7, 0]])
     assert half.weight.data_ptr() != conv.weight.data_ptr()
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's: the activation is inside the norm."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+class FrozenNorm(nn.Module):
+    """As torchvision's: buffers only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.eps = 1e-5
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x):
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        return x * scale.view(-1, 1, 1) + (self.bias - self.running_mean * scale).view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("norm", [NormAct(8, nn.ReLU()), NormAct(8, nn.Identity()), FrozenNorm(8)])
+def test_norms_of_other_kinds_take_the_mean_too(norm):
+    torch.manual_seed(0)
+    norm.running_mean.normal_(0, 0.3)
+    conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), conv, norm, nn.Flatten(), nn.Linear(8 * 256, 2)).eval()
+    small = ghostify.convert(model, ratio=2, example_inputs=X, calibration=IMAGES)
+    (decision,) = small.ghostify_plan.replaced
+    assert decision.site.chain.norm == "2"
+    assert type(norm).__name__ in decision.site.chain.paper_obstacle
+    with torch.no_grad():
+        before = [owner[0:2](IMAGES).mean((0, 2, 3)) - owner[2].running_mean for owner in (model, small)]
+    assert torch.allclose(*before, atol=1e-4)
+    assert not torch.equal(small[2].running_mean, norm.running_mean)

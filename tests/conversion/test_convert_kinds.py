@@ -1,0 +1,107 @@
+"""Models as they come: wrapped, in half precision, without values, frozen."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import ghostify
+from ghostify.errors import ArtefactError, OptionError, TraceError
+from ghostify.nn.cifar import CifarResNet
+
+X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def net():
+    torch.manual_seed(0)
+    return CifarResNet(1, width=8).eval()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, compiled, lambda model: compiled(nn.DataParallel(model))])
+def test_wrappers_are_taken_off(wrap, tmp_path):
+    plain = ghostify.convert(net(), example_inputs=X)
+    small = ghostify.apply(ghostify.plan(wrap(net()), example_inputs=X), wrap(net()))
+    assert type(small) is CifarResNet
+    assert torch.equal(small(X), plain(X))
+    again = ghostify.load(ghostify.save(wrap(small), tmp_path / "small"), base=wrap(net()))
+    assert torch.equal(again(X), plain(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("calibration", [None, torch.randn(32, 3, 16, 16)])
+def test_types_are_kept(dtype, calibration):
+    small = ghostify.convert(net().to(dtype), example_inputs=X, calibration=calibration)
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    assert small(X.to(dtype)).isfinite().all()
+
+
+def test_memory_format_is_kept():
+    model = net().to(memory_format=torch.channels_last)
+    small = ghostify.convert(model, example_inputs=X, calibration=X)
+    primary = small.layer1[0].conv1.primary_conv.weight
+    assert primary.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_on_meta_is_planned_and_converted_in_structure():
+    plan = ghostify.plan(net(), example_inputs=X)
+    model = net().to("meta")
+    assert ghostify.plan(model, example_inputs=X) == plan
+    small = ghostify.apply(plan, model)
+    assert small(X.to("meta")).shape == (4, 10)
+    assert sum(parameter.numel() for parameter in small.parameters()) == plan.params_after
+    assert all(parameter.is_meta for parameter in small.parameters())
+    with pytest.raises(OptionError, match="initialiser='weights' needs values"):
+        ghostify.apply(plan, model, initialiser="weights")
+
+
+def test_a_base_on_meta_is_refused(tmp_path):
+    stored = ghostify.save(ghostify.convert(net(), example_inputs=X), tmp_path / "small")
+    with pytest.raises(ArtefactError, match="on the meta device"):
+        ghostify.load(stored, base=net().to("meta"))
+
+
+def test_frozen_layers_stay_frozen():
+    model = net()
+    model.layer1.requires_grad_(False)
+    small = ghostify.convert(model, example_inputs=X, calibration=X)
+    assert not any(parameter.requires_grad for parameter in small.layer1[0].conv1.primary_conv.parameters())
+    assert all(parameter.requires_grad for parameter in small.layer2.parameters())
+
+
+def test_quantised_modules_get_a_clear_error():
+    model = nn.Sequential(torch.ao.nn.quantized.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    with pytest.raises(TraceError, match="module '0' is a quantised Conv2d"):
+        ghostify.plan(model, example_inputs=X)
+
+
+class Pyramid(nn.Module):
+    """Reads a dict, a list and a flag; returns a dict of tuples."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Conv2d(3, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 3, padding=1)
+        self.volume = nn.Conv3d(8, 16, 3, padding=1)
+
+    def forward(self, images, *, extra=None, deep=False):
+        first = self.right(self.left(images["image"])) + extra[0]
+        second = self.volume(first.unsqueeze(2)) if deep else first
+        return {"maps": (first, second), "size": first.shape[-1], "nothing": None}
+
+
+def test_several_inputs_and_structured_outputs():
+    torch.manual_seed(0)
+    model = Pyramid().eval()
+    inputs = {"images": {"image": X}, "extra": [torch.ones(1)], "deep": True}
+    before = copy.deepcopy(model.state_dict())
+    small = ghostify.convert(model, example_inputs=inputs, overrides={"volume": 2, "right": 2}, initialiser="first")
+    made = small({"image": X}, extra=[torch.ones(1)], deep=True)
+    assert made["size"] == 16
+    assert made["maps"][1].shape == (4, 16, 1, 16, 16)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {decision.site.name for decision in small.ghostify_plan.replaced} == {"right", "volume"}
