@@ -231,6 +231,8 @@ class Plan:
         uncounted: Operations outside the definition of MACs (attention products, say), with their
             multiply-accumulates; ``None`` where torch has no formula for them.
         decisions: One for every convolution, in order of execution.
+        lifted: Names of convolutions that the model calls as functions. They are modules in the
+            converted model, which therefore is a ``torch.fx.GraphModule``.
     """
 
     model: str
@@ -242,6 +244,7 @@ class Plan:
     macs: int
     uncounted: dict[str, int | None]
     decisions: tuple[Decision, ...]
+    lifted: tuple[str, ...] = ()
 
     __pydantic_config__ = STRICT
 
@@ -305,6 +308,11 @@ class Plan:
         ]
         if self.trace_way == "recorded":
             lines.append(f"facts   from a recorded run, because FX could not trace the model: {self.trace_note}")
+        if self.lifted:
+            lines.append(
+                f"graph   changed: {len(self.lifted)} convolutions are called as functions, and become modules of a "
+                f"torch.fx.GraphModule: {', '.join(self.lifted)}"
+            )
         if self.uncounted:
             parts = (
                 f"{name} ({'unknown' if count is None else f'{count:,}'})" for name, count in self.uncounted.items()

@@ -2,6 +2,16 @@
 
 from ghostify.conversion.calibration import Calibration
 from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser
-from ghostify.conversion.rewriter import apply, check_fits, convert, rebuild
+from ghostify.conversion.rewriter import apply, as_planned, check_fits, convert, rebuild
 
-__all__ = ["INITIALISERS", "Calibration", "Conversion", "Initialiser", "apply", "check_fits", "convert", "rebuild"]
+__all__ = [
+    "INITIALISERS",
+    "Calibration",
+    "Conversion",
+    "Initialiser",
+    "apply",
+    "as_planned",
+    "check_fits",
+    "convert",
+    "rebuild",
+]

@@ -59,7 +59,7 @@ def convert(
     chunks = calibration_chunks(calibration, model)
     facts = _facts(model, example_inputs, chunks)
     plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default))
-    return _apply(plan, facts, chunks, start, seed)
+    return _apply(plan, facts if plan.lifted else facts.unlifted or facts, chunks, start, seed)
 
 
 def apply(
@@ -97,11 +97,12 @@ def apply(
         InputsError: The calibration data are empty or do not fit.
         ConversionError: The result does not do what the plan promised.
     """
-    model = unwrapped(model)
+    model = as_planned(plan, model)
     check_fits(plan, model)
     start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model)
-    facts = _facts(model, _made_up(plan, seed) if example_inputs is None and not chunks else example_inputs, chunks)
+    inputs = _made_up(plan, seed) if example_inputs is None and not chunks else example_inputs
+    facts = _facts(model, inputs, chunks, lift=False)
     known = {site.name: site for site in facts.sites}
     for decision in plan.replaced:
         if known[decision.site.name].obstacle:
@@ -122,9 +123,19 @@ def rebuild(plan: Plan, base: nn.Module) -> nn.Module:
     Raises:
         PlanMismatchError: The plan was made for another model.
     """
-    base = unwrapped(base)
+    base = as_planned(plan, base)
     check_fits(plan, base)
     return _copy_with_units(base, plan.replaced, plan, seed=0)
+
+
+def as_planned(plan: Plan, model: nn.Module) -> nn.Module:
+    """The model whose sites a plan names: without torch's wrappers, and with functional convolutions as modules.
+
+    Raises:
+        TraceError: The plan names functional convolutions, and the model does not run on inputs like the plan's.
+    """
+    model = unwrapped(model)
+    return trace(model, _made_up(plan, seed=0)).model if plan.lifted else model
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
@@ -146,13 +157,15 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
         )
 
 
-def _facts(model: nn.Module, example_inputs: ExampleInputs | None, chunks: list[Example]) -> Trace:
+def _facts(
+    model: nn.Module, example_inputs: ExampleInputs | None, chunks: list[Example], *, lift: bool = True
+) -> Trace:
     """Trace a model on its example inputs, or else on the first calibration batch; the others must run too."""
     if example_inputs is not None or not chunks:
-        facts = trace(model, example_inputs)
+        facts = trace(model, example_inputs, lift=lift)
     else:
         try:
-            facts = trace(model, chunks[0])
+            facts = trace(model, chunks[0], lift=lift)
         except TraceError as error:
             raise InputsError(f"calibration does not fit the model: {error}") from error
     check_runs(chunks, facts.example, model)

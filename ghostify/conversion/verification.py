@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from ghostify.errors import ConversionError, TraceError
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
-from ghostify.tracing import Trace, copier_memo, on_meta
+from ghostify.tracing import Trace, copier_memo, difference
 
 
 def verify(student: nn.Module, plan: Plan, facts: Trace) -> None:
@@ -40,8 +40,7 @@ def verify(student: nn.Module, plan: Plan, facts: Trace) -> None:
                 f"Keep it (skip={name!r}), and please report the model."
             )
     _compare_structure(outputs, facts.outputs)
-    if not on_meta(facts.model):  # which has no values to compare
-        _check_places(plan, facts)
+    _check_places(plan, facts)
 
 
 def _run_recorded(student: nn.Module, facts: Trace, names: list[str]) -> tuple[dict[str, list[tuple[int, ...]]], Any]:
@@ -108,10 +107,10 @@ def _check_places(plan: Plan, facts: Trace) -> None:
         module = model.get_submodule(decision.site.name)
         shared[id(module)] = _PassOn(module)
     outputs = facts.example.run(copy.deepcopy(model, shared))
-    for leaf, original in zip(tree_flatten(outputs)[0], tree_flatten(facts.outputs)[0], strict=True):
-        if isinstance(original, Tensor) and not torch.allclose(leaf, original, rtol=1e-4, atol=1e-5, equal_nan=True):
-            raise ConversionError(
-                "With stand-ins that compute what the original convolutions compute, the copied model gives other "
-                f"outputs than the original (largest difference {float((leaf - original).abs().max()):.3g}). It is not "
-                "deterministic in evaluation mode, or reaches a convolution in another way than by its name."
-            )
+    parted = difference(outputs, facts.outputs)
+    if parted:
+        raise ConversionError(
+            "With stand-ins that compute what the original convolutions compute, the copied model gives other "
+            f"outputs than the original (largest difference {parted:.3g}). It is not "
+            "deterministic in evaluation mode, or reaches a convolution in another way than by its name."
+        )

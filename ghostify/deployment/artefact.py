@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion import rebuild
+from ghostify.conversion import as_planned, rebuild
 from ghostify.deployment.manifest import (
     PLAN_FILE,
     WEIGHTS_FILE,
@@ -24,11 +24,11 @@ from ghostify.deployment.manifest import (
     sha256,
     write_manifest,
 )
-from ghostify.errors import ArtefactError, OutputError
+from ghostify.errors import ArtefactError, GhostifyError, OutputError
 from ghostify.files import atomic_folder
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
-from ghostify.tracing import fingerprint, on_meta, unwrapped
+from ghostify.tracing import fingerprint, unwrapped
 
 # The safetensors header: 8 bytes of length, then about this much JSON for every tensor beside its name.
 _HEADER_BYTES_PER_TENSOR = 512
@@ -94,13 +94,11 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
         raise ArtefactError(
             f"base={base!r} is no model. Pass an instance of the class that was converted, as in base=resnet18()."
         )
-    base = unwrapped(base)
-    if on_meta(base):
-        raise ArtefactError(
-            f"base={_class(base)} is on the meta device, so what is not in the artefact would have no values. "
-            "Make it on the CPU."
-        )
     content = read_manifest(folder)
+    try:
+        base = as_planned(content.plan, base)
+    except GhostifyError as error:
+        raise ArtefactError(f"path={str(folder)!r}: its plan does not fit base={_class(base)}: {error}") from error
     _check_base(folder, content, base)
     _check_announced_size(folder, content)
     try:

@@ -85,22 +85,13 @@ def plan_traced(
 ) -> Plan:
     """The same from facts that are known already; see [plan][ghostify.plan] for the arguments."""
     skip = list(skip)
-    names = [site.name for site in facts.sites]
+    names = list(dict.fromkeys(site.name for known in (facts, facts.unlifted) if known for site in known.sites))
     for option, patterns in (("skip", skip), ("overrides", list(overrides))):
         for pattern in patterns:
             _check_pattern(option, pattern, names)
-    decisions = tuple(_decide(site, default, skip, overrides) for site in facts.sites)
-    made = Plan(
-        model=type(facts.model).__name__,
-        fingerprint=fingerprint(facts.model),
-        trace_way=facts.way,
-        trace_note=facts.note,
-        input_shapes=facts.example.shapes,
-        params=facts.params,
-        macs=facts.count.macs,
-        uncounted=facts.count.outside,
-        decisions=decisions,
-    )
+    made = _decided(facts, default, skip, overrides)
+    if facts.unlifted is not None and not any(decision.site.name in facts.lifted for decision in made.replaced):
+        made = _decided(facts.unlifted, default, skip, overrides)  # the model can stay of its own class
     if not made.replaced:
         reasons = Counter(decision.reason for decision in made)
         raise NothingToConvertError(
@@ -109,6 +100,21 @@ def plan_traced(
             "An override such as overrides={'NAME': 2} outranks a skip and the habits (first layer, output layer)."
         )
     return made
+
+
+def _decided(facts: Trace, default: GhostSpec, skip: list[str], overrides: Mapping[str, GhostSpec | None]) -> Plan:
+    return Plan(
+        model=type(facts.model).__name__,
+        fingerprint=fingerprint(facts.model),
+        trace_way=facts.way,
+        trace_note=facts.note,
+        input_shapes=facts.example.shapes,
+        params=facts.params,
+        macs=facts.count.macs,
+        uncounted=facts.count.outside,
+        decisions=tuple(_decide(site, default, skip, overrides) for site in facts.sites),
+        lifted=facts.lifted,
+    )
 
 
 def _decide(site: Site, default: GhostSpec, skip: list[str], overrides: Mapping[str, GhostSpec | None]) -> Decision:

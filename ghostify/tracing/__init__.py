@@ -1,7 +1,16 @@
 """Facts about a model's convolutions: where they are called, with which shapes, and what follows them."""
 
 from ghostify.tracing.counting import MacCount, count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs, copier_memo, evaluating, on_meta, unmarked, unwrapped
+from ghostify.tracing.example import (
+    Example,
+    ExampleInputs,
+    copier_memo,
+    difference,
+    evaluating,
+    on_meta,
+    unmarked,
+    unwrapped,
+)
 from ghostify.tracing.trace import Trace, fingerprint, trace
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "copier_memo",
     "count_macs",
     "count_params",
+    "difference",
     "evaluating",
     "fingerprint",
     "on_meta",

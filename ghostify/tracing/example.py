@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+def difference(outputs: Any, originals: Any) -> float:
+    """The largest difference of two runs' tensors that are not close to each other; 0 if all are.
+
+    Infinite where there are more tensors in one than in the other. Tensors on meta have no values that could differ.
+    """
+    pairs = [[leaf for leaf in tree_leaves(run) if isinstance(leaf, Tensor)] for run in (outputs, originals)]
+    if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs)):
+        return math.inf
+    return max(
+        (
+            float((a.double() - b.double()).abs().nan_to_num(math.inf).max())
+            for a, b in zip(*pairs)
+            if not a.is_meta and not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        ),
+        default=0.0,
+    )
 
 
 def on_meta(model: nn.Module) -> bool:

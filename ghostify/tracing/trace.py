@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from ghostify.errors import PlanError, TraceError
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
-from ghostify.tracing.example import Example, ExampleInputs, unwrapped
+from ghostify.tracing.example import Example, ExampleInputs, difference, unwrapped
 from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
+from ghostify.tracing.lifting import lift_functions
 
 _REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -39,6 +40,9 @@ class Trace:
         graph: The FX graph, or ``None`` where FX cannot trace the model.
         note: Why there is no graph; empty if there is one.
         count: Multiply-accumulates of the model, batch 1.
+        lifted: Names of convolutions that the model called as functions; if there are any, ``model``
+            is a ``torch.fx.GraphModule`` in which they are modules.
+        unlifted: In this case the facts of the model as it is, if it holds convolutions that are modules.
     """
 
     model: nn.Module
@@ -48,6 +52,8 @@ class Trace:
     graph: fx.Graph | None
     note: str
     count: MacCount
+    lifted: tuple[str, ...] = ()
+    unlifted: Trace | None = None
 
     @property
     def way(self) -> TraceWay:
@@ -60,7 +66,7 @@ class Trace:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> Trace:
+def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, lift: bool = True) -> Trace:
     """Collect the facts about every convolution of a model.
 
     The model is run once on the example inputs, in evaluation mode and without gradients, and is
@@ -70,6 +76,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
         model: Any module that runs; torch's wrappers around it are taken off, see
             [unwrapped][ghostify.tracing.example.unwrapped].
         example_inputs: One batch; see [Example.of][ghostify.tracing.example.Example.of].
+        lift: Whether convolutions that are called as functions are made modules, see
+            [lift_functions][ghostify.tracing.lifting.lift_functions].
 
     Raises:
         InputsError: The example inputs are missing or hold no tensor.
@@ -80,13 +88,18 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None) -> T
     model = unwrapped(model)
     _check_kind(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
+    calls, unusual, outputs, count = _record(model, convolutions, example)
+    graph, note = _graph_or_reason(model, example, convolutions, calls)
+    if lift and graph is not None and (lifted := lift_functions(model, graph)) is not None:
+        facts = trace(lifted[0], example, lift=False)
+        if not difference(facts.outputs, outputs):
+            unlifted = trace(model, example, lift=False) if convolutions else None
+            return replace(facts, lifted=lifted[1], unlifted=unlifted)
     if not convolutions:
         raise PlanError(
             f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
             "ghostify converts networks that hold torch.nn.Conv1d, Conv2d or Conv3d modules, transposed or not."
         )
-    calls, unusual, outputs, count = _record(model, convolutions, example)
-    graph, note = _graph_or_reason(model, example, convolutions, calls)
     nodes = _nodes_by_module(graph)
     owners = _owners(model)
     units = [f"{name}." for name, module in model.named_modules() if isinstance(module, GhostConv)]

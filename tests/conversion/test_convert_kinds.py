@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ghostify
 from ghostify.errors import ArtefactError, OptionError, TraceError
 from ghostify.nn.cifar import CifarResNet
+from ghostify.tracing import trace
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -61,7 +63,7 @@ def test_a_model_on_meta_is_planned_and_converted_in_structure():
 
 def test_a_base_on_meta_is_refused(tmp_path):
     stored = ghostify.save(ghostify.convert(net(), example_inputs=X), tmp_path / "small")
-    with pytest.raises(ArtefactError, match="on the meta device"):
+    with pytest.raises(ArtefactError, match="meta"):
         ghostify.load(stored, base=net().to("meta"))
 
 
@@ -105,3 +107,66 @@ def test_several_inputs_and_structured_outputs():
     assert made["maps"][1].shape == (4, 16, 1, 16, 16)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {decision.site.name for decision in small.ghostify_plan.replaced} == {"right", "volume"}
+
+
+class Functional(nn.Module):
+    """Convolutions that are called as functions: with its own weights, and with an inner owner's."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.owner = nn.Module()
+        self.owner.weight = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
+        self.owner.bias = nn.Parameter(torch.randn(16))
+        self.kernel = nn.Parameter(torch.randn(16, 8, 3, 3) / 9)
+        self.twice = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.relu(F.conv2d(self.stem(x), self.owner.weight, self.owner.bias, padding=1))
+        x = F.conv_transpose2d(x, self.kernel, None, stride=2, groups=2)
+        x = self.norm(F.conv2d(x, self.twice, padding="same") + F.conv2d(x, self.twice, padding=1))
+        return self.head(x.mean((2, 3)))
+
+
+def test_functional_convolutions_become_modules_of_a_graph(tmp_path):
+    torch.manual_seed(0)
+    model = Functional().eval()
+    plan = ghostify.plan(model, ratio=2, example_inputs=X)
+    assert plan.lifted == ("owner", "kernel_conv")
+    assert {decision.site.name for decision in plan.replaced} == {"owner", "kernel_conv"}
+    assert plan.params == sum(parameter.numel() for parameter in model.parameters())
+    assert "become modules of a torch.fx.GraphModule" in str(plan)
+    small = ghostify.apply(plan, model, calibration=torch.randn(64, 3, 16, 16))
+    assert isinstance(small, torch.fx.GraphModule)
+    assert type(small.owner).__name__ == type(small.kernel_conv).__name__ == "GhostConv2d"
+    assert sum(parameter.numel() for parameter in small.parameters()) == plan.params_after
+    assert ghostify.tracing.count_macs(small, X).macs == plan.macs_after
+    again = ghostify.load(ghostify.save(copy.deepcopy(small), tmp_path / "small"), base=model)
+    assert torch.equal(again(X), small(X))
+    assert not small.training
+    assert not model.training
+    small.train()
+    assert not model.norm.training
+    kept = ghostify.convert(model, example_inputs=X, overrides={"owner": 1.1, "kernel_conv": None})
+    assert {"owner.weight", "owner.bias"}.isdisjoint(kept.state_dict())
+    assert "kernel_conv.weight" in kept.state_dict()
+
+
+def test_lifting_alone_computes_the_same_and_keeps_keys():
+    torch.manual_seed(0)
+    model = Functional().eval()
+    facts = trace(model, X)
+    assert torch.equal(facts.model(X), model(X))
+    assert {"owner.weight", "owner.bias", "kernel_conv.weight", "twice"} <= set(facts.model.state_dict())
+    assert facts.model.owner.weight is model.owner.weight
+
+
+def test_a_model_keeps_its_class_where_no_functional_convolution_is_replaced():
+    torch.manual_seed(0)
+    small = ghostify.convert(
+        Functional().eval(), example_inputs=X, overrides={"owner": None, "kernel_conv": None, "stem": 2}
+    )
+    assert type(small) is Functional
+    assert small.ghostify_plan.lifted == ()
