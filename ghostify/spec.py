@@ -308,8 +308,8 @@ class Plan:
         ]
         if self.trace_way == "recorded":
             lines.append(f"facts   from a recorded run, because FX could not trace the model: {self.trace_note}")
-            lines.append("        (shapes and costs are as sure as with FX; what follows a layer is not known, so norms")
-            lines.append("        stay outside the units, and the output layer is not recognised)")
+            lines.append("        (shapes and costs are as sure as with FX; what follows a layer is not known,")
+            lines.append("        so norms stay outside the units, and the output layer is not recognised)")
         if self.lifted:
             lines.append(
                 f"graph   changed: {len(self.lifted)} convolutions are called as functions, and become modules of a "

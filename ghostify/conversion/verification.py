@@ -97,6 +97,9 @@ class _PassOn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._modules_passed_to[0](*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:  # a model may read the convolution's stride
+        return getattr(self.__dict__["_modules_passed_to"][0], name)
+
 
 def _check_places(plan: Plan, facts: Trace) -> None:
     """Put stand-ins at all sites of a structural copy, and compare its outputs with the original's."""

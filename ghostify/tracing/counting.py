@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,7 @@ def counting(batch: int = 1) -> Iterator[MacCount]:
     count = MacCount()
     unknown = _UnknownOperations()
     counter = FlopCounterMode(display=False, custom_mapping=_ALSO)
+    counter.mod_tracker = _OneScope()  # type: ignore[assignment]
     with _plain_attention(), unknown, counter:
         yield count
     flops_of = {str(name): flops for name, flops in counter.get_flop_counts().get("Global", {}).items()}
@@ -133,6 +134,20 @@ def state_bytes(model: nn.Module) -> int:
     """
     tensors = {id(value): value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+class _OneScope:
+    """In place of the counter's tracker of modules: only the total is asked for.
+
+    The tracker's hooks cost as much as a small model's run, and fail without gradients where a
+    parameter is passed to a module.
+    """
+
+    parents: ClassVar = {"Global"}
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 class _UnknownOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]

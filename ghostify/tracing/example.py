@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -187,22 +188,43 @@ def copier_memo(model: nn.Module) -> dict[int, object]:
 def unmarked(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and undo afterwards whatever its forward left on it.
 
-    A forward may count its calls in a buffer or keep its last input as an attribute. Attributes,
-    the training flags among them, and buffers are as found afterwards, also after an error.
+    A forward may count its calls in a buffer, keep its last input as an attribute, or put what it
+    computes into a dictionary. Attributes (the training flags among them), what lists, sets and
+    dictionaries in them hold, and buffers are as found afterwards, also after an error.
     """
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [
+        (value, copy.copy(value))
+        for _, found in attributes
+        for value in found.values()
+        if isinstance(value, MutableMapping | MutableSequence | MutableSet)
+    ]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
     try:
         with evaluating(model):
             yield
     finally:
-        for module, found, buffers in attributes:
+        for module, found in attributes:
             for name in vars(module).keys() - found.keys():
                 del module.__dict__[name]
             module.__dict__.update(found)
-            if any(module._buffers.get(name) is not buffer for name, buffer in buffers.items()):
-                module._buffers.update(buffers)
+        for container, content in contents:
+            _restore(container, content)
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Put back what a container held; one that still holds it is not touched."""
+    if isinstance(container, MutableSequence):
+        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+            container[:] = content
+    elif isinstance(container, MutableMapping):
+        if container.keys() != content.keys() or any(container[key] is not value for key, value in content.items()):
+            container.clear()
+            container.update(content)
+    elif container != content:
+        container.clear()
+        container |= content

@@ -98,9 +98,14 @@ class Marking(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("later", None)
         self.last = "nothing"
+        self.cache, self.list, self.set = {"old": 1}, [1, 2], {3}
 
     def forward(self, x):
         self.calls += 1
+        self.cache["new"] = self.cache["old"] = x
+        self.list[0] = x
+        self.list.append(x)
+        self.set.add(4)
         self.later = x.mean()
         self.last, self.new = x, x
         self.norm.train()
@@ -135,6 +140,7 @@ def test_no_mark_is_left_on_a_model_that_marks_itself(width):
     assert all(now[name] is same and torch.equal(same, value) for name, (same, value) in tensors.items())
     assert model.last == "nothing"
     assert model.later is None
+    assert (model.cache, model.list, model.set) == ({"old": 1}, [1, 2], {3})
     assert not model.conv.weight.requires_grad
     assert list(model.stem._forward_hooks) == [hook.id]
     assert not model.conv._forward_hooks
