@@ -69,4 +69,4 @@ def write_history(
         "best_epoch": best_epoch,
     }
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -77,6 +77,11 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
             f"teacher ({type(teacher).__name__}) gives scores that are not finite on the first batch of {name}. "
             "Check its weights and the normalisation of the inputs."
         )
+    if not bool(torch.isfinite(scores).all()):
+        raise TrainingError(
+            f"student ({type(student).__name__}) gives scores that are not finite on the first batch of {name}, before "
+            "any training. Check its weights, or convert the original anew."
+        )
     if name == "data" and hard_weight == 0:
         return
     if batch.labels is not None:
@@ -100,7 +105,7 @@ def first_batch(data: Iterable[Any], reader: Reader, name: str) -> Batch:
 
 
 def _scores(model: nn.Module, inputs: Tensor, role: str, name: str) -> Tensor:
-    with evaluating(model), torch.no_grad(), _explained(role, inputs, name):
+    with evaluating(model), torch.no_grad(), explained(role, inputs, name):
         scores = model(inputs)
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() < 2:
         shape = f" of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else ""
@@ -112,14 +117,21 @@ def _scores(model: nn.Module, inputs: Tensor, role: str, name: str) -> Tensor:
 
 
 @contextmanager
-def _explained(role: str, inputs: Tensor, name: str) -> Iterator[None]:
+def explained(role: str, inputs: Tensor, name: str) -> Iterator[None]:
+    """Turn whatever a model's forward raises into a TrainingError that names model and batch.
+
+    Args:
+        role: Which model.
+        inputs: What it is run on.
+        name: ``data`` or ``val``.
+    """
     try:
         yield
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TrainingError(
-            f"{role} does not run on the first batch of {name}, of shape {tuple(inputs.shape)}: "
-            f"{type(error).__name__}: {reason}. Pass inputs that the model accepts."
+            f"{role} does not run on a batch of {name} of shape {tuple(inputs.shape)}: "
+            f"{type(error).__name__}: {reason.rstrip('.')}. Pass inputs that the model accepts."
         ) from error
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.losses import cross_entropy
 from ghostify.distillation.optimisation import build_optimizer, learning_rate, uses_bf16
-from ghostify.distillation.preflight import check_batch, check_models, first_batch
+from ghostify.distillation.preflight import check_batch, check_models, explained, first_batch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state, reseed
 from ghostify.distillation.validation import validate
-from ghostify.errors import InputsError, NonFiniteLossError
+from ghostify.errors import InputsError, NonFiniteLossError, TrainingError
 from ghostify.tracing.example import evaluating
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def distill(
         OptionError: A setting that cannot be used, or ``hard_weight`` above 0 for data without labels.
         InputsError: Data that are empty, of a wrong kind, or usable once only; labels that do not fit.
         TrainingError: Models that cannot be teacher and student.
-        NonFiniteLossError: The loss or its gradient became NaN or infinite.
+        NonFiniteLossError: The loss, its gradient or the student's scores became NaN or infinite.
         OutputError: ``out`` cannot be written.
 
     Example:
@@ -126,6 +127,10 @@ def distill(
         # Epoch 0: the student as it came.
         history: list[Epoch] = []
         start = best_scores = scores = scored()
+        if start is not None and not math.isfinite(start.loss):
+            raise TrainingError(
+                "student gives scores on val that are NaN or infinite, before any training. Check its weights."
+            )
         last = best = snapshot(student)
         best_epoch = 0
         store(is_best=True)  # writes to the folder before any work is spent
@@ -152,7 +157,7 @@ def distill(
 
                     with torch.no_grad(), autocast():
                         wanted = teacher(batch.inputs)
-                    with autocast():
+                    with autocast(), explained("student", batch.inputs, "data"):
                         output = student(batch.inputs)
                     loss = objective(output, wanted, batch.labels, config)
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -181,8 +186,16 @@ def distill(
                     )
                 if int(finite) <= step:
                     raise _non_finite(epoch, step, int(finite), rate, batch, wanted, config, folder)
+                if epoch == 1 and step + 1 != steps_per_epoch:
+                    log.warning(
+                        "data says that it has %d batches and yields %d: the learning rate follows the former",
+                        steps_per_epoch,
+                        step + 1,
+                    )
                 mean_loss, trained = float(total) / images, time.perf_counter()
                 scores = scored()
+                if not _is_healthy(student, scores, batch, autocast):
+                    raise _diverged(f"after epoch={epoch}, lr={rate:.3g}", epoch, config, folder)
                 last = snapshot(student)
                 is_best = scores is None or best_scores is None or scores.rank > best_scores.rank
                 if is_best:
@@ -271,13 +284,39 @@ def _non_finite(
     elif step == first and not bool(torch.isfinite(wanted).all()):
         cause = "the teacher's scores are not finite. Check its weights and the normalisation of the inputs."
     else:
-        clip = "" if config.clip_norm is not None else " or set clip_norm=5.0"
-        precision = "" if config.precision == "fp32" else "; if that does not help, pass precision='fp32'"
         culprit = "the student diverged" if step == first else "the student diverged or a batch is not finite"
-        cause = f"{culprit}. Lower lr to {config.lr / 3:.2g}{clip}{precision}."
-    kept = f" and so does {str(folder / 'last.safetensors')!r}" if folder else ""
-    state = "the weights that it came with" if epoch == 1 else f"the weights of the end of epoch {epoch - 1}"
+        cause = f"{culprit}. {_calmer(config)}"
     return NonFiniteLossError(
         f"the loss or its gradient is not finite at epoch={epoch}, step={first + 1}, lr={rate:.3g}: {cause} "
-        f"The student holds {state}{kept}."
+        f"{_kept(epoch, folder)}"
     )
+
+
+def _is_healthy(
+    student: nn.Module, scores: Scores | None, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]
+) -> bool:
+    """Whether a student still gives numbers: no loss has shown yet what the last step made of it."""
+    if scores is not None:
+        return math.isfinite(scores.loss)
+    with evaluating(student), torch.no_grad(), autocast():
+        return bool(torch.isfinite(student(batch.inputs)).all())
+
+
+def _diverged(when: str, epoch: int, config: DistillConfig, folder: Path | None) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"the student's scores are not finite {when}: it diverged. {_calmer(config)} {_kept(epoch, folder)}"
+    )
+
+
+def _calmer(config: DistillConfig) -> str:
+    """What keeps the next run from diverging."""
+    clip = "" if config.clip_norm is not None else " or set clip_norm=5.0"
+    precision = "" if config.precision == "fp32" else "; if that does not help, pass precision='fp32'"
+    return f"Lower lr to {config.lr / 3:.2g}{clip}{precision}."
+
+
+def _kept(epoch: int, folder: Path | None) -> str:
+    """What the student holds after an epoch that failed."""
+    state = "the weights that it came with" if epoch == 1 else f"the weights of the end of epoch {epoch - 1}"
+    file = f" and so does {str(folder / 'last.safetensors')!r}" if folder else ""
+    return f"The student holds {state}{file}."

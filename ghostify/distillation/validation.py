@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ghostify.distillation.batches import Reader, check_labels
 from ghostify.distillation.history import Scores
+from ghostify.errors import NonFiniteLossError
 from ghostify.tracing.example import evaluating
 
 
@@ -25,6 +27,8 @@ def validate(
 ) -> Scores:
     """Score a student on all of the validation data; both models' modes are restored.
 
+    Of a student whose scores are not all finite the loss is NaN, whatever the loss function says.
+
     Args:
         student: Gives class scores ``(n, classes, ...)``.
         teacher: Gives class scores of the same shape.
@@ -35,8 +39,10 @@ def validate(
 
     Raises:
         InputsError: Labels that do not fit the scores.
+        NonFiniteLossError: The teacher's scores are NaN or infinite.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=reader.device)  # loss, agreeing, right, teacher right
+    # loss, agreeing, right, teacher right, scores that are not finite, the same of the teacher
+    sums = torch.zeros(6, dtype=torch.float64, device=reader.device)
     examples = answers = labelled = 0
     with evaluating(student, teacher), torch.no_grad():
         for item in val:
@@ -48,14 +54,21 @@ def validate(
             answers += guess.numel()
             sums[0] += loss(scores, wanted) * scores.shape[0]
             sums[1] += (guess == reference).sum()
+            sums[4] += (~torch.isfinite(scores)).sum()
+            sums[5] += (~torch.isfinite(wanted)).sum()
             if batch.labels is not None:
                 check_labels(batch.labels, scores, "val")
                 labelled += guess.numel()
                 sums[2] += (guess == batch.labels).sum()
                 sums[3] += (reference == batch.labels).sum()
-    total, agreeing, right, teacher_right = sums.tolist()
+    total, agreeing, right, teacher_right, bad, teacher_bad = sums.tolist()
+    if teacher_bad:
+        raise NonFiniteLossError(
+            f"val: {teacher_bad:,.0f} of the teacher's scores are NaN or infinite. "
+            "Clean the data, or check the normalisation of the inputs."
+        )
     return Scores(
-        loss=total / examples,
+        loss=math.nan if bad else total / examples,
         agreement=agreeing / answers,
         accuracy=right / labelled if labelled else None,
         teacher_accuracy=teacher_right / labelled if labelled else None,

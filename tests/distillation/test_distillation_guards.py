@@ -189,6 +189,53 @@ def test_a_student_that_diverges_at_once_gets_its_start_back_and_the_cause_is_na
     assert same(state(student), before)
 
 
+@pytest.mark.parametrize("val", [None, [(X, Y)]])
+def test_a_last_step_that_breaks_the_student_is_no_good_state(tmp_path: Path, val) -> None:
+    """Its loss was still finite: only what comes after the step shows it."""
+    student, teacher = pair()
+    before = state(student)
+    config = DistillConfig(lr=1e38, loss="mse", clip_norm=None, precision="fp32", warmup=0.0)
+    with pytest.raises(NonFiniteLossError, match=r"scores are not finite after epoch=1.*weights that it came with"):
+        distill(student, teacher=teacher, data=[(1e6 * X, Y)], val=val, epochs=1, config=config, out=tmp_path)
+    assert same(state(student), before)
+    assert same(load_file(tmp_path / "best.safetensors"), before)
+
+
+def test_a_student_without_numbers_is_never_the_best() -> None:
+    """All of class 0: a NaN's argmax would be right. The loss function at hand says nothing of it."""
+
+    def blind(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        return student.nan_to_num().mean()
+
+    student, teacher = pair()
+    late = X * 1e30  # finite on the data, infinite on these
+    student[0].weight.data *= 1e30
+    with pytest.raises(TrainingError, match="student gives scores on val that are NaN or infinite, before any"):
+        distill(student, teacher=teacher, data=[X], val=[X, late], config=DistillConfig(loss=blind))
+
+
+def test_a_teacher_without_numbers_on_val_is_named() -> None:
+    student, teacher = pair()
+    with pytest.raises(NonFiniteLossError, match="val: 24 of the teacher's scores are NaN or infinite"):
+        distill(student, teacher=teacher, data=[X], val=[X, X * float("nan")])
+
+
+def test_a_batch_that_the_student_cannot_train_on_is_named() -> None:
+    student = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pytest.raises(TrainingError, match=r"student does not run on a batch of data of shape \(1, 4\): ValueError"):
+        distill(student, teacher=nn.Linear(4, 3), data=[X, X[:1]])
+
+
+def test_a_wrong_length_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Short(list):
+        def __len__(self) -> int:
+            return 1
+
+    student, teacher = pair()
+    distill(student, teacher=teacher, data=Short([X, X, X]), epochs=2)
+    assert caplog.text.count("data says that it has 1 batches and yields 3") == 1
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is() -> None:
     def steep(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
         return (student - student.detach()).abs().sqrt().mean()  # 0, with the gradient 0 / 0
