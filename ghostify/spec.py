@@ -233,6 +233,7 @@ class Plan:
         decisions: One for every convolution, in order of execution.
         lifted: Names of convolutions that the model calls as functions. They are modules in the
             converted model, which therefore is a ``torch.fx.GraphModule``.
+        arguments: Names of the arguments of the model's forward that the example inputs gave.
     """
 
     model: str
@@ -245,6 +246,7 @@ class Plan:
     uncounted: dict[str, int | None]
     decisions: tuple[Decision, ...]
     lifted: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
     __pydantic_config__ = STRICT
 

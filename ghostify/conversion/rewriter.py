@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.calibration import Calibration, calibration_chunks, check_runs
@@ -15,6 +15,8 @@ from ghostify.conversion.verification import verify
 from ghostify.errors import InputsError, OptionError, PlanMismatchError, TraceError
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning import Override, chosen_spec, override_specs, plan_traced, skip_patterns
+from ghostify.planning.cost import ghost_macs, ghost_params
+from ghostify.planning.rules import saves_nothing
 from ghostify.spec import Decision, GhostSpec, Plan
 from ghostify.tracing import (
     Example,
@@ -23,6 +25,8 @@ from ghostify.tracing import (
     copier_memo,
     evaluating,
     fingerprint,
+    is_site,
+    lifted_as,
     on_meta,
     trace,
     unwrapped,
@@ -105,10 +109,15 @@ def apply(
     facts = _facts(model, inputs, chunks, lift=False)
     known = {site.name: site for site in facts.sites}
     for decision in plan.replaced:
-        if known[decision.site.name].obstacle:
+        site = known[decision.site.name]
+        if site.obstacle:
             raise PlanMismatchError(
-                f"site={decision.site.name!r} cannot be replaced in this model: {known[decision.site.name].obstacle}. "
-                "Make a new plan for it."
+                f"site={site.name!r} cannot be replaced in this model: {site.obstacle}. Make a new plan for it."
+            )
+        if decision.spec is not None and decision.spec.placement == "paper" and site.chain != decision.site.chain:
+            raise PlanMismatchError(
+                f"site={site.name!r} is followed by {site.chain} in this model, and by {decision.site.chain} in the "
+                "plan. Make a new plan for it."
             )
     return _apply(plan, facts, chunks, start, seed)
 
@@ -118,12 +127,12 @@ def rebuild(plan: Plan, base: nn.Module) -> nn.Module:
 
     Args:
         plan: The plan.
-        base: A model of the structure for which the plan was made; left as it was.
+        base: A model of the structure for which the plan was made, as [as_planned][ghostify.conversion.as_planned]
+            gives it; left as it was.
 
     Raises:
         PlanMismatchError: The plan was made for another model.
     """
-    base = as_planned(plan, base)
     check_fits(plan, base)
     return _copy_with_units(base, plan.replaced, plan, seed=0)
 
@@ -132,19 +141,19 @@ def as_planned(plan: Plan, model: nn.Module) -> nn.Module:
     """The model whose sites a plan names: without torch's wrappers, and with functional convolutions as modules.
 
     Raises:
-        TraceError: The plan names functional convolutions, and the model does not run on inputs like the plan's.
+        TraceError: The plan names functional convolutions, and the model has no graph in which they are modules.
     """
     model = unwrapped(model)
-    return trace(model, _made_up(plan, seed=0)).model if plan.lifted else model
+    return lifted_as(model, plan.arguments)[0] if plan.lifted else model
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:
     """Raise PlanMismatchError unless the plan was made for a model of this structure."""
     modules = dict(model.named_modules())
     for decision in plan.decisions:
+        _check_promise(decision)
         site, module = decision.site, modules.get(decision.site.name)
-        shape = (getattr(module, "in_channels", None), getattr(module, "out_channels", None))
-        if shape != (site.in_channels, site.out_channels):
+        if not is_site(module, site):
             found = "there is no such module" if module is None else f"there it is {module}"
             raise PlanMismatchError(
                 f"The plan was made for another model: site={site.name!r} is {site.shape} in the plan ({plan.model}); "
@@ -152,8 +161,25 @@ def check_fits(plan: Plan, model: nn.Module) -> None:
             )
     if fingerprint(model) != plan.fingerprint:
         raise PlanMismatchError(
-            f"The plan was made for another model: its {plan.model} has the same convolutions, but other parameters or "
-            f"buffers than this {type(model).__name__}. Make a plan for this model."
+            f"The plan was made for another model: its {plan.model} has the same convolutions, but other parameters, "
+            f"buffers or paddings than this {type(model).__name__}. Make a plan for this model."
+        )
+
+
+def _check_promise(decision: Decision) -> None:
+    """Raise PlanMismatchError if a plan that was changed by hand does not add up any more."""
+    site, spec = decision.site, decision.spec
+    if spec is None:
+        return
+    reason = saves_nothing(site, spec)
+    if not reason and decision.params_after != ghost_params(site, spec):
+        reason = f"params_after={decision.params_after:,}, and {spec} gives {ghost_params(site, spec):,}"
+    if not reason and decision.macs_after != ghost_macs(site, spec):
+        reason = f"macs_after={decision.macs_after:,}, and {spec} gives {ghost_macs(site, spec):,}"
+    if reason:
+        raise PlanMismatchError(
+            f"The plan does not add up at site={site.name!r}: {reason}. "
+            f"Make it anew, with overrides={{{site.name!r}: …}}."
         )
 
 
@@ -248,6 +274,8 @@ def _chosen_initialiser(
     return INITIALISERS[chosen]
 
 
-def _made_up(plan: Plan, seed: int) -> tuple[Tensor, ...]:
+def _made_up(plan: Plan, seed: int) -> ExampleInputs:
+    """Random inputs of the shapes for which a plan was made."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(shape, generator=generator) for shape in plan.input_shapes)
+    inputs = [torch.randn(shape, generator=generator) for shape in plan.input_shapes]
+    return dict(zip(plan.arguments, inputs)) if len(inputs) == len(plan.arguments) else inputs

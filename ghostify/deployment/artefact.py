@@ -9,7 +9,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion import as_planned, rebuild
 from ghostify.deployment.manifest import (
@@ -28,7 +27,7 @@ from ghostify.errors import ArtefactError, GhostifyError, OutputError
 from ghostify.files import atomic_folder
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
-from ghostify.tracing import fingerprint, unwrapped
+from ghostify.tracing import count_params, fingerprint, is_site, unwrapped
 
 # The safetensors header: 8 bytes of length, then about this much JSON for every tensor beside its name.
 _HEADER_BYTES_PER_TENSOR = 512
@@ -48,11 +47,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ArtefactError: The model carries no plan, or state that is no plain tensor.
+        ArtefactError: The model carries no plan or is not what its plan says any more, or holds state that is no
+            plain tensor.
         OutputError: The folder cannot be written, or holds other files.
     """
     model = unwrapped(model)
     plan = model_plan(model)
+    _check_unchanged(model, plan)
     folder = Path(path)
     _check_replaceable(folder)
     entries, tensors = _collect(model)
@@ -135,6 +136,24 @@ def model_plan(model: nn.Module) -> Plan:
     return plan
 
 
+def _check_unchanged(model: nn.Module, plan: Plan) -> None:
+    """What `load` makes of a base model and the plan must be this model, or it could never be read again."""
+    units = {name: module.spec for name, module in model.named_modules() if isinstance(module, GhostConv)}
+    planned = {decision.site.name: decision.spec for decision in plan.replaced}
+    wrong = [name for name in {**planned, **units} if planned.get(name) != units.get(name)]
+    if wrong:
+        name = wrong[0]
+        changed = f"{name!r} is a Ghost unit of {units.get(name, 'no kind')}, planned was {planned.get(name, 'none')}"
+    elif (params := count_params(model)) != plan.params_after:
+        changed = f"it has {params:,} parameters, planned were {plan.params_after:,}"
+    else:
+        return
+    raise ArtefactError(
+        f"{_class(model)} was changed after its conversion: {changed}, so it could not be loaded again. Change the "
+        "original and convert that, or store this model's state_dict yourself."
+    )
+
+
 def _collect(model: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor]]:
     """Describe every tensor of the state, and copy each once."""
     entries: dict[str, TensorEntry] = {}
@@ -184,15 +203,8 @@ def _differences(content: Content, base: nn.Module) -> str:
     lines = []
     for decision in content.plan.replaced:
         site, conv = decision.site, modules.get(decision.site.name)
-        wanted = f"{site.in_channels}→{site.out_channels} {site.kernel_size}"
-        if not isinstance(conv, _ConvNd):
-            lines.append(f"{site.name} is {type(conv).__name__ if conv else 'missing'}, stored a convolution {wanted}")
-        elif (conv.in_channels, conv.out_channels, conv.kernel_size) != (
-            site.in_channels,
-            site.out_channels,
-            site.kernel_size,
-        ):
-            lines.append(f"{site.name} is {conv.in_channels}→{conv.out_channels} {conv.kernel_size}, stored {wanted}")
+        if not is_site(conv, site):
+            lines.append(f"{site.name} is {conv or 'missing'}, stored a {site.kind} {site.shape}")
     # What lies in a replaced site, or in its norm, has other names and shapes in the base.
     moved = {decision.site.name for decision in content.plan.replaced}
     moved |= {d.site.chain.norm for d in content.plan.replaced if d.site.chain and d.site.chain.norm}
@@ -206,7 +218,7 @@ def _differences(content: Content, base: nn.Module) -> str:
         if stored != own:
             lines.append(f"{name} is {own}, stored {stored}")
     if not lines:
-        return "They differ inside the replaced layers."
+        return "They differ in options of a convolution, such as its padding."
     return f"First differences: {'; '.join(lines[:3])}{f'; and {len(lines) - 3} more' if len(lines) > 3 else ''}."
 
 
@@ -234,8 +246,7 @@ def _check_announced_size(folder: Path, content: Content) -> None:
         elif twin is None or (twin.shape, twin.dtype) != (entry.shape, entry.dtype):
             raise ArtefactError(f"{where}: tensor {name!r} is to share {entry.same_as!r}, which is not stored alike.")
     header = 8 + sum(_HEADER_BYTES_PER_TENSOR + 6 * len(name) for name in stored)
-    kernels = sum(d.spec.cheap_channels(d.site.out_channels) * d.spec.dw_size**2 for d in content.plan if d.spec)
-    if not payload <= size <= payload + header or kernels > size:
+    if not payload <= size <= payload + header:
         raise ArtefactError(f"{where}: {PLAN_FILE} announces other tensors than {size:,} bytes of weights can hold.")
 
 

@@ -78,6 +78,12 @@ def export_onnx(
     bound = inspect.signature(plain.forward).bind(*example.args, **example.kwargs)
     example = Example(bound.args, bound.kwargs)
     proto = _to_proto(plain, example, opset, type(model).__name__)
+    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset is not None and written != opset:
+        raise ExportError(
+            f"opset={opset} cannot be had: the exporter writes opset {written} for {type(model).__name__} and "
+            "cannot bring that down. Leave opset out, or pass a later one."
+        )
     _describe(proto, model)
     reference = model if _is_float32_cpu(model) else plain
     with atomic_file(path) as temporary:
@@ -87,7 +93,7 @@ def export_onnx(
         check = ExportCheck(
             path=Path(path),
             bytes=temporary.stat().st_size,
-            opset=next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")),
+            opset=written,
             tolerance=tolerance,
             batches=batches,
             ops=dict(Counter(node.op_type for node in proto.graph.node).most_common()),

@@ -114,6 +114,7 @@ def _decided(facts: Trace, default: GhostSpec, skip: list[str], overrides: Mappi
         uncounted=facts.count.outside,
         decisions=tuple(_decide(site, default, skip, overrides) for site in facts.sites),
         lifted=facts.lifted,
+        arguments=facts.arguments,
     )
 
 

@@ -11,7 +11,7 @@ from ghostify.tracing.example import (
     unmarked,
     unwrapped,
 )
-from ghostify.tracing.trace import Trace, fingerprint, trace
+from ghostify.tracing.trace import Trace, fingerprint, is_site, lifted_as, trace
 
 __all__ = [
     "Example",
@@ -24,6 +24,8 @@ __all__ = [
     "difference",
     "evaluating",
     "fingerprint",
+    "is_site",
+    "lifted_as",
     "on_meta",
     "state_bytes",
     "trace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,10 @@ class Example:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of all tensors, with the batch dimension."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors())
+
+    def names(self, model: nn.Module) -> tuple[str, ...]:
+        """The names of the arguments of the model's forward that are given."""
+        return tuple(inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments)
 
     def to(self, model: nn.Module) -> Example:
         """The same on the model's device, floating-point tensors in the model's dtype."""

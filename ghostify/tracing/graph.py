@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ghostify.spec import Chain
-from ghostify.tracing.example import Example, unmarked
+from ghostify.tracing.example import unmarked
 
 # Activations that act on every number alone and have no parameters: they may be copied.
 _MODULES: tuple[type[nn.Module], ...] = (
@@ -43,21 +44,21 @@ class _Tracer(fx.Tracer):
         return alone or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace_graph(model: nn.Module, example: Example) -> fx.Graph:
+def trace_graph(model: nn.Module, arguments: Collection[str]) -> fx.Graph:
     """Trace a model symbolically, in evaluation mode; it is left as it was.
 
-    Arguments that the example does not give keep their defaults, so ``if mask is not None`` takes
-    the branch that it takes in the example.
+    Args:
+        model: The model.
+        arguments: Names of the arguments that the example gives. Others keep their defaults, so
+            ``if mask is not None`` takes the branch that it takes in the example.
 
     Raises:
         Exception: Whatever FX raises where it cannot trace (control flow on data, say).
     """
-    signature = inspect.signature(model.forward)
-    given = signature.bind(*example.args, **example.kwargs).arguments
     defaults = {
         name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if name not in given and parameter.default is not inspect.Parameter.empty
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if name not in arguments and parameter.default is not inspect.Parameter.empty
     }
     with unmarked(model), torch.random.fork_rng(devices=[]):
         return _Tracer().trace(model, concrete_args=defaults or None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,8 @@ from ghostify.tracing.lifting import lift_functions
 
 _REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
+_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -43,6 +46,7 @@ class Trace:
         lifted: Names of convolutions that the model called as functions; if there are any, ``model``
             is a ``torch.fx.GraphModule`` in which they are modules.
         unlifted: In this case the facts of the model as it is, if it holds convolutions that are modules.
+        arguments: Names of the arguments of the model's forward that the example gives.
     """
 
     model: nn.Module
@@ -54,6 +58,7 @@ class Trace:
     count: MacCount
     lifted: tuple[str, ...] = ()
     unlifted: Trace | None = None
+    arguments: tuple[str, ...] = ()
 
     @property
     def way(self) -> TraceWay:
@@ -89,12 +94,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     _check_kind(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
     calls, unusual, outputs, count = _record(model, convolutions, example)
-    graph, note = _graph_or_reason(model, example, convolutions, calls)
+    arguments = example.names(model)
+    graph, note = _graph_or_reason(model, arguments, convolutions, calls)
     if lift and graph is not None and (lifted := lift_functions(model, graph)) is not None:
         facts = trace(lifted[0], example, lift=False)
         if not difference(facts.outputs, outputs):
             unlifted = trace(model, example, lift=False) if convolutions else None
-            return replace(facts, lifted=lifted[1], unlifted=unlifted)
+            return replace(facts, lifted=lifted[1], unlifted=unlifted, arguments=arguments)
     if not convolutions:
         raise PlanError(
             f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
@@ -117,17 +123,49 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
         for name, module in convolutions.items()
     ]
     sites.sort(key=lambda site: (site.order < 0, site.order))
-    return Trace(model, example, outputs, tuple(sites), graph, note, count)
+    return Trace(model, example, outputs, tuple(sites), graph, note, count, arguments=arguments)
+
+
+def lifted_as(model: nn.Module, arguments: Collection[str]) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model in which functional convolutions are modules, and their names, without a run.
+
+    Args:
+        model: The model as it is; left untouched.
+        arguments: What the example had given when the model was traced.
+
+    Raises:
+        TraceError: There is no such model.
+    """
+    try:
+        lifted = lift_functions(model, trace_graph(model, arguments))
+    except Exception as error:  # whatever FX or the model's own code raises
+        raise TraceError(
+            f"FX cannot trace {type(model).__name__}: {type(error).__name__}: {error}. Pass the model that was planned."
+        ) from error
+    if lifted is None:
+        raise TraceError(
+            f"{type(model).__name__} calls no convolution as a function, and the plan replaces some. "
+            "Pass the model that was planned."
+        )
+    return lifted
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's structure: names and shapes of its state; values and devices do not count.
+    """Hash of a model's structure; values and devices do not count.
+
+    Names and shapes of its state, and the class and options of every convolution, which shapes do not tell.
 
     Example:
         >>> fingerprint(nn.Conv2d(3, 8, 3)) == fingerprint(nn.Conv2d(3, 8, 3))
         True
+        >>> fingerprint(nn.Conv2d(3, 8, 3)) == fingerprint(nn.Conv2d(3, 8, 3, stride=2))
+        False
     """
-    lines = (f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items() if isinstance(value, Tensor))
+    lines = [f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            options = {option: getattr(module, option) for option in _OPTIONS}
+            lines.append(f"{name} {type(module).__name__} {options}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -188,13 +226,13 @@ def _record(
 
 def _graph_or_reason(
     model: nn.Module,
-    example: Example,
+    arguments: Collection[str],
     convolutions: dict[str, _ConvNd],
     calls: dict[str, list[tuple[int, Call]]],
 ) -> tuple[fx.Graph | None, str]:
     """The FX graph if FX can trace and its calls are those that were recorded; else why not."""
     try:
-        graph = trace_graph(model, example)
+        graph = trace_graph(model, arguments)
     except Exception as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         return None, f"{type(error).__name__}: {lines[0]}"
@@ -213,27 +251,40 @@ def _site(
     nodes: _Nodes | None,
     model: nn.Module,
 ) -> Site:
-    own = list(module.parameters(recurse=False))
     if nodes is not None and nodes.read_directly:
         obstacle = obstacle or "its weight is read directly, not only by calling it"
     return Site(
         name=name,
-        kind=type(module).__name__,
-        in_channels=module.in_channels,
-        out_channels=module.out_channels,
-        kernel_size=tuple(module.kernel_size),
-        stride=tuple(module.stride),
-        groups=module.groups,
-        bias=module.bias is not None,
-        params=sum(parameter.numel() for parameter in own),
-        channel_params=_channel_params(module),
+        **own_facts(module),
         calls=tuple(call for _, call in calls),
         order=min((position for position, _ in calls), default=-1),
         obstacle=obstacle,
         chain=chain_after(nodes.calls[0], model, nodes.calls_per_module)
         if nodes is not None and len(nodes.calls) == 1
         else None,
-        transposed=module.transposed,
+    )
+
+
+def own_facts(module: _ConvNd) -> dict[str, Any]:
+    """What a site says of its module alone, whatever the module is part of."""
+    return {
+        "kind": type(module).__name__,
+        "in_channels": module.in_channels,
+        "out_channels": module.out_channels,
+        "kernel_size": tuple(module.kernel_size),
+        "stride": tuple(module.stride),
+        "groups": module.groups,
+        "bias": module.bias is not None,
+        "params": sum(parameter.numel() for parameter in module.parameters(recurse=False)),
+        "channel_params": _channel_params(module),
+        "transposed": module.transposed,
+    }
+
+
+def is_site(module: nn.Module | None, site: Site) -> bool:
+    """Whether a module can be the one that a site tells of."""
+    return isinstance(module, _ConvNd) and all(
+        getattr(site, name) == value for name, value in own_facts(module).items()
     )
 
 

@@ -1,6 +1,7 @@
 """Conversions, seen from outside: what comes back, from which start, and what is refused."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,6 +154,43 @@ def test_a_plan_for_another_model():
         ghostify.apply(plan, net())
     with pytest.raises(PlanMismatchError, match="other parameters"):
         ghostify.apply(plan, resnet56())
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"bias": False}, {"padding": 2, "dilation": 2}])
+def test_a_plan_for_other_options_of_a_convolution(options):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 8, 3))
+    plan = ghostify.plan(model, example_inputs=torch.zeros(1, 3, 16, 16))
+    model[1] = nn.Conv2d(8, 32, 3, **{"padding": 1, **options})
+    with pytest.raises(PlanMismatchError, match="another model"):
+        ghostify.apply(plan, model)
+
+
+def test_a_plan_that_was_changed_by_hand_must_add_up():
+    model = resnet20()
+    plan = ghostify.plan(model, example_inputs=torch.zeros(1, 3, 32, 32))
+    first = next(decision for decision in plan if decision.replaced)
+
+    def changed(**changes):
+        decisions = [replace(first, **changes) if decision is first else decision for decision in plan]
+        return replace(plan, decisions=tuple(decisions))
+
+    for changes, told in [
+        ({"spec": GhostSpec(3)}, "params_after=.* and s=3 gives"),
+        ({"macs_after": 7}, "macs_after=7, and s=2 gives"),
+        ({"spec": GhostSpec(2, 99_999)}, "too small to pay"),
+    ]:
+        with pytest.raises(PlanMismatchError, match=rf"does not add up at site='layer1\.0\.conv1': {told}"):
+            ghostify.apply(changed(**changes), model)
+
+
+def test_a_plan_for_placement_paper_must_fit_what_follows():
+    model = resnet20()
+    plan = ghostify.plan(model, example_inputs=torch.zeros(1, 3, 32, 32), spec=GhostSpec(2, placement="paper"))
+    first = next(decision for decision in plan if decision.replaced)
+    site = replace(first.site, chain=replace(first.site.chain, norm="fc"))
+    decisions = [replace(first, site=site) if decision is first else decision for decision in plan]
+    with pytest.raises(PlanMismatchError, match=r"is followed by .*bn1.* in this model, and by .*fc"):
+        ghostify.apply(replace(plan, decisions=tuple(decisions)), model)
 
 
 def test_an_error_leaves_the_model_alone():

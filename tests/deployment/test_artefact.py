@@ -206,7 +206,8 @@ def test_another_width_names_both_models_and_the_first_differences(stored: Path)
         load(stored, base=make_net(width=4))
     text = str(caught.value)
     assert text.count("SmallNet") >= 2
-    assert "features.2 is 4→8 (3, 3), stored 8→16 (3, 3)" in text
+    assert "features.2 is Conv2d(4, 8" in text
+    assert "stored a Conv2d 8→16 3×3" in text
 
 
 def test_another_number_of_classes_is_named(stored: Path) -> None:
@@ -244,3 +245,57 @@ def test_nothing_is_unpickled(stored: Path, base: SmallNet, monkeypatch: pytest.
         monkeypatch.setattr(pickle, name, forbidden)
     monkeypatch.setattr(torch, "load", forbidden)
     assert isinstance(load(stored, base=base), SmallNet)
+
+
+@pytest.mark.parametrize("options", [{"padding": 2, "dilation": 2}, {"padding_mode": "reflect"}, {"stride": 2}])
+def test_a_base_of_equal_shapes_and_other_options_is_refused(stored: Path, options) -> None:
+    """No tensor tells them apart, and the outputs would be other ones."""
+    base = make_net()
+    base.features[2] = nn.Conv2d(8, 16, 3, **{"padding": 1, "bias": False, **options})
+    with pytest.raises(ArtefactError, match=r"(options of a convolution|features\.2 is Conv2d)"):
+        load(stored, base=base)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d])
+def test_other_dimensions_make_the_round_trip(tmp_path: Path, kind) -> None:
+    base = nn.Sequential(kind(4, 8, 3), kind(8, 64, 1, groups=2), kind(64, 32, 3))
+    x = torch.randn(2, 4, *[9] * len(base[0].kernel_size))
+    small = convert(base, example_inputs=x, overrides={"2": GhostSpec(2, 5)}, skip="0").eval()
+    assert torch.equal(load(save(small, tmp_path / "small"), base=base)(x), small(x))
+
+
+class Embedding(nn.Module):
+    """A functional convolution behind inputs that are whole numbers, and given by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 16)
+        self.kernel = nn.Parameter(torch.randn(32, 16, 3) / 7)
+
+    def forward(self, scale: Tensor, *, words: Tensor) -> Tensor:
+        return torch.nn.functional.conv1d(self.table(words).transpose(1, 2) * scale, self.kernel).mean(2)
+
+
+def test_a_graph_with_other_inputs_than_images_makes_the_round_trip(tmp_path: Path) -> None:
+    base = Embedding()
+    inputs = {"scale": torch.ones(()), "words": torch.randint(10, (2, 8))}
+    small = convert(base, example_inputs=inputs, overrides={"kernel_conv": 2}).eval()
+    again = load(save(small, tmp_path / "small"), base=base)
+    assert torch.equal(again(**inputs), small(**inputs))
+    with pytest.raises(ArtefactError, match="calls no convolution as a function"):
+        load(tmp_path / "small", base=make_net())
+
+
+def test_what_was_changed_after_conversion_is_refused_before_it_is_stored(converted: nn.Module, tmp_path: Path) -> None:
+    changed = copy.deepcopy(converted)
+    changed.head = nn.Linear(16, 7)
+    with pytest.raises(ArtefactError, match=r"changed after its conversion: it has .* parameters, planned were"):
+        save(changed, tmp_path / "a")
+    changed = copy.deepcopy(converted)
+    changed.features[2] = nn.Conv2d(8, 16, 3, padding=1)
+    with pytest.raises(ArtefactError, match=r"'features\.2' is a Ghost unit of no kind, planned was s=2"):
+        save(changed, tmp_path / "a")
+    changed.features[2] = GhostConv2d(8, 16, 3, padding=1, bias=False, spec=GhostSpec(4))
+    with pytest.raises(ArtefactError, match=r"'features\.2' is a Ghost unit of s=4, planned was s=2"):
+        save(changed, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

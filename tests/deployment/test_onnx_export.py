@@ -252,3 +252,13 @@ def test_importing_the_stage_imports_no_optional_package() -> None:
     code = "import sys, ghostify.deployment; print([m for m in ('onnx', 'onnxruntime', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_operator_set_is_what_was_asked_for_or_an_error(
+    converted: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    check = export_onnx(converted, tmp_path / "m.onnx", example_inputs=images, opset=20)
+    assert check.opset == onnx.load(tmp_path / "m.onnx").opset_import[0].version == 20
+    with pytest.raises(ExportError, match="opset=9 cannot be had: the exporter writes opset 18"):
+        export_onnx(converted, tmp_path / "old.onnx", example_inputs=images, opset=9)
+    assert not (tmp_path / "old.onnx").exists()
