@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostify.distillation.batches import check_labels
 from ghostify.errors import InputsError
 from ghostify.reporting.report import Accuracy, Pair
 from ghostify.tracing.example import Example, evaluating
@@ -155,6 +156,7 @@ def _add(tally: _Tally, scores: list[Tensor], targets: Tensor | None) -> None:
     if targets is None:
         return
     targets = targets.to(first.device)
+    check_labels(targets, first, "data")
     tally.targets += len(targets)
     for index, score in enumerate((first, second)):
         usable = score.isfinite().all(1)

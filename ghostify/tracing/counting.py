@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ghostify.errors import InputsError
 from ghostify.tracing.example import Example, ExampleInputs
 
 # What convolutions and linear layers come down to; anything else that torch's counter knows is outside the definition.
@@ -88,7 +90,7 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs | Example) -> Mac
         example_inputs: A batch ``(n, c, h, w)``, or arguments as a tuple or a dict.
 
     Raises:
-        InputsError: There are no example inputs.
+        InputsError: There are no example inputs, or they have no batch dimension.
         TraceError: The model does not run on them.
 
     Example:
@@ -96,24 +98,46 @@ def count_macs(model: nn.Module, example_inputs: ExampleInputs | Example) -> Mac
         2661336
     """
     example = Example.of(example_inputs)
-    with counting(example.batch) as count:
+    with counting(model, example) as count:
         example.run(model)
     return count
 
 
 @contextmanager
-def counting(batch: int = 1) -> Iterator[MacCount]:
+def counting(model: nn.Module, example: Example) -> Iterator[MacCount]:
     """Count what runs inside the block; the result is filled in when the block ends.
 
     Args:
-        batch: Examples that run; the counts are told for one.
+        model: What is to be run.
+        example: What it is run on; the counts are told for one example of its batch.
+
+    Raises:
+        InputsError: The example has no batch dimension: torch's convolutions take a map without one, too.
     """
+    batch = example.batch
+    single = []
+
+    def look(conv: nn.Module, args: tuple[Any, ...]) -> None:
+        dims = len(conv.kernel_size)  # type: ignore[arg-type]
+        if args and isinstance(args[0], Tensor) and args[0].dim() == dims + 1 and example.is_single(dims):
+            single.append(conv)
+
+    handles = [conv.register_forward_pre_hook(look) for conv in model.modules() if isinstance(conv, _ConvNd)]
     count = MacCount()
     unknown = _UnknownOperations()
     counter = FlopCounterMode(display=False, custom_mapping=_ALSO)
     counter.mod_tracker = _OneScope()  # type: ignore[assignment]
-    with _plain_attention(), unknown, counter:
-        yield count
+    try:
+        with _plain_attention(), unknown, counter:
+            yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+    if single:
+        raise InputsError(
+            f"example_inputs of shape {example.shapes[0]} has no batch dimension, so that costs cannot be told for one "
+            "example. Pass x[None], a batch of one."
+        )
     flops_of = {str(name): flops for name, flops in counter.get_flop_counts().get("Global", {}).items()}
     count.macs = round(sum(flops for name, flops in flops_of.items() if name in _COUNTED) / 2 / batch)
     count.outside.update(dict.fromkeys(sorted(unknown.names)))

@@ -72,9 +72,25 @@ class Example:
 
     @property
     def batch(self) -> int:
-        """Examples in the batch: the first dimension of the first tensor."""
+        """Examples in the batch: the first dimension of the first tensor, or the number of images in a list.
+
+        A first argument that is a list of tensors ``(c, h, w)`` is what detection models take: one
+        image each, of its own size.
+        """
+        if (images := self._images()) is not None:
+            return len(images)
         first = self.tensors()[0]
         return first.shape[0] if first.dim() > 0 else 1
+
+    def _images(self) -> list[Tensor] | None:
+        first = next(iter((*self.args, *self.kwargs.values())))
+        if isinstance(first, list | tuple) and all(isinstance(image, Tensor) and image.dim() == 3 for image in first):
+            return list(first)
+        return None
+
+    def is_single(self, dims: int) -> bool:
+        """Whether it is one example without a batch, its first tensor being a map of ``dims`` sides."""
+        return self._images() is None and self.tensors()[0].dim() == dims + 1
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

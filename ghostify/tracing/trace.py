@@ -216,7 +216,7 @@ def _record(
         # First in line, so that a hook of the user's that changes the output is not what is recorded.
         handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
     try:
-        with counting(example.batch) as count:
+        with counting(model, example) as count:
             outputs = example.run(model)
     finally:
         for handle in handles:

@@ -79,6 +79,7 @@ def test_scores_that_are_not_finite_count_as_wrong_and_are_told():
         ([], "holds no example"),
         ([(numbered(0, 0), TARGETS[:0])], "holds no example"),
         ([(numbered(0, 2), TARGETS[:3])], r"targets of shape \(3,\)"),
+        ([(numbered(0, 2), torch.tensor([0, 3]))], "labels from 0 to 3, and the models tell 3 classes apart"),
         ([(numbered(0, 2), torch.tensor([0.5, 0.5]))], "class numbers"),
         ([(numbered(0, 2), torch.zeros(2, 3))], "class numbers"),
         ([numbered(0, 2)[0]], "DataLoader"),

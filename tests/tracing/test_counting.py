@@ -6,7 +6,7 @@ from torch import nn
 
 from ghostify.errors import InputsError
 from ghostify.nn.cifar import resnet20
-from ghostify.tracing import count_macs, count_params, state_bytes
+from ghostify.tracing import count_macs, count_params, state_bytes, trace
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,29 @@ def test_bytes_follow_the_type_and_leave_out_passing_buffers():
 def test_inputs_are_needed():
     with pytest.raises(InputsError, match="example_inputs"):
         count_macs(resnet20(), None)
+
+
+def test_a_list_of_images_is_a_batch_of_so_many():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, images):
+            return self.conv(torch.stack(images))
+
+    images = [torch.zeros(3, 16, 16), torch.zeros(3, 16, 16)]
+    for example in ((images,), {"images": tuple(images)}):
+        assert count_macs(Detector(), example).macs == 3 * 8 * 9 * 16 * 16
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.Conv1d, (3, 9)), (nn.Conv2d, (3, 9, 9)), (nn.Conv3d, (3, 9, 9, 9))])
+def test_inputs_without_a_batch_are_refused(kind, shape):
+    """torch's convolutions take them, and three channels would count as three examples."""
+    model = nn.Sequential(kind(3, 8, 3), nn.ReLU(), kind(8, 16, 3))
+    with pytest.raises(InputsError, match=r"has no batch dimension.*x\[None\]"):
+        count_macs(model, torch.zeros(shape))
+    with pytest.raises(InputsError, match="has no batch dimension"):
+        trace(model, torch.zeros(shape))
+    assert not model[0]._forward_pre_hooks
+    assert count_macs(model, torch.zeros(1, *shape)).macs == count_macs(model, torch.zeros(5, *shape)).macs
