@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 import torch
 import typer
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from ghostify.conversion import INITIALISERS, apply
 from ghostify.deployment import export_onnx, load, save
+from ghostify.deployment.artefact import check_replaceable
 from ghostify.distillation import DistillConfig, Splits, distill, load_data
 from ghostify.distillation.datasets import DataOptions
+from ghostify.distillation.history import read_history
 from ghostify.distillation.images import ImageBatches
 from ghostify.errors import GhostifyError, InputsError, OptionError
 from ghostify.files import atomic_file
@@ -50,8 +53,8 @@ Overrides = Annotated[
 ]
 Data = Annotated[str, typer.Option("--data", help="digits, mnist, parquet:FOLDER or package.module:factory")]
 OptionalData = Annotated[str | None, typer.Option("--data", help="score on the test part of this data set")]
-Batch = Annotated[int, typer.Option("--batch-size", help="images in a batch")]
-Seed = Annotated[int, typer.Option("--seed", help="of everything random")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="images in a batch")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="of everything random")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on standard output")]
 
 
@@ -101,7 +104,7 @@ def convert_command(
     skip: Skip = None,
     override: Overrides = None,
     calibration: Annotated[str | None, typer.Option(help="data set to start the new layers on, as --data")] = None,
-    images: Annotated[int, typer.Option(help="how many of its training images")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="how many of its training images")] = 512,
     initialiser: Annotated[str | None, typer.Option(help=f"one of {', '.join(INITIALISERS)}")] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
@@ -110,7 +113,7 @@ def convert_command(
     as_json: Json = False,
 ) -> None:
     """Replace convolutions by Ghost units that start from the old weights, and store the result."""
-    network = load_model(model, pretrained=pretrained, weights=weights)
+    network = _trained(model, pretrained, weights)
     inputs = None if calibration is None else _sample(load_data(calibration, DataOptions(seed=seed)), images)
     example = inputs[:1] if inputs is not None else _example(network, model, input_shape)
     if plan_file is not None:
@@ -138,7 +141,7 @@ def distill_command(
     student: Student,
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for checkpoints, history and the trained student")],
-    epochs: Annotated[int, typer.Option(help="how often to go through the training data")] = 10,
+    epochs: Annotated[int, typer.Option(min=1, help="how often to go through the training data")] = 10,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 0.05,
     hard_weight: Annotated[float, typer.Option(help="weight of the labels, 0 to 1; the teacher has the rest")] = 0.0,
     temperature: Annotated[float, typer.Option(help="softens both networks' answers")] = 4.0,
@@ -149,7 +152,8 @@ def distill_command(
     as_json: Json = False,
 ) -> None:
     """Train a converted model to answer like the original one; OUT/student is the result."""
-    teacher = load_model(model, pretrained=pretrained, weights=weights)
+    check_replaceable(out / "student")
+    teacher = _trained(model, pretrained, weights)
     small = load(student, base=teacher)
     splits = load_data(data, DataOptions(batch_size=batch_size, seed=seed))
     config = DistillConfig(lr=lr, hard_weight=hard_weight, temperature=temperature, seed=seed)
@@ -185,7 +189,7 @@ def compare_command(
     as_json: Json = False,
 ) -> None:
     """Compare original and converted model: parameters, MACs, latency, and accuracy where data are given."""
-    original = load_model(model, pretrained=pretrained, weights=weights)
+    original = _trained(model, pretrained, weights)
     small = load(student, base=original)
     splits = None if data is None else load_data(data)
     example = _sample(splits, 1) if splits is not None and input_shape is None else None
@@ -194,7 +198,7 @@ def compare_command(
         small,
         example_inputs=_example(original, model, input_shape) if example is None else example,
         data=None if splits is None else splits.test,
-        history=() if history is None else _epochs(history),
+        history=() if history is None else read_history(_read(history)),
     )
     for path in out or []:
         report.save(path)
@@ -236,10 +240,21 @@ def main() -> NoReturn:
     try:
         app()
     except GhostifyError as error:
-        line = " ".join(str(error).split())
-        print(f"ghostify: {line}", file=sys.stderr)
+        _fail(str(error))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = None  # else Python complains once more when it flushes
         sys.exit(1)
+    except Exception as error:
+        if os.environ.get("GHOSTIFY_DEBUG"):
+            raise
+        sys.stdout = None  # it may be what failed
+        _fail(f"{type(error).__name__}: {error}. This was not foreseen; GHOSTIFY_DEBUG=1 shows where it happened.")
     sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"ghostify: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _short_warning(
@@ -252,6 +267,17 @@ def _short_warning(
 ) -> None:
     """Warnings in one line, without the line of code."""
     print(f"note: {message}", file=file or sys.stderr)
+
+
+def _trained(name: str, pretrained: bool, weights: Path | None) -> nn.Module:
+    """Load a model; one that was given no weights may well be random, which is said."""
+    if weights is None and not pretrained:
+        _show(
+            f"note: {name} has the weights that it is made with, which may be random: neither --weights nor "
+            "--pretrained is given",
+            sys.stderr,
+        )
+    return load_model(name, pretrained=pretrained, weights=weights)
 
 
 def _show(text: str, stream: TextIO | None = None) -> None:
@@ -318,11 +344,3 @@ def _read(path: Path) -> str:
         raise InputsError(
             f"path={str(path)!r} cannot be read: {error}. Name a file that was written by ghostify."
         ) from error
-
-
-def _epochs(path: Path) -> list[Any]:
-    try:
-        epochs = json.loads(_read(path))["epochs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputsError(f"history={str(path)!r} is no history of a distillation: {error!r}.") from error
-    return list(epochs)

@@ -1,5 +1,6 @@
 """Writing results so that nothing half-written is ever found under a final name."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from ghostify.errors import OutputError
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is renamed to ``path``, else removed.
 
+    A link stays one: what it leads to is replaced. Into a pipe or a device the result is copied.
+
     Args:
         path: The final file. Missing parent folders are made.
 
@@ -25,16 +28,23 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     with _reported(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{final.stem}.", suffix=final.suffix, dir=final.parent)
+        special = final.exists() and not final.is_file() and not final.is_dir()
+        if not special:
+            final = Path(os.path.realpath(path))
+            final.parent.mkdir(parents=True, exist_ok=True)
+        home = None if special else final.parent
+        descriptor, name = tempfile.mkstemp(prefix=f".{final.stem}.", suffix=final.suffix, dir=home)
         os.close(descriptor)
     temporary = Path(name)
     try:
         with _reported(final):
             yield temporary
-            _flush(temporary)
-            temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is an ordinary one
-            temporary.replace(final)
+            if special:
+                final.write_bytes(temporary.read_bytes())
+            else:
+                _flush(temporary)
+                temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result is an ordinary one
+                temporary.replace(final)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,8 +64,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OutputError: The folder cannot be written, or the disk is full.
     """
-    final = Path(path)
+    final = Path(os.path.realpath(path))
     with _reported(final):
+        if Path.cwd().is_relative_to(final):
+            raise OutputError(f"path={str(path)!r} is the folder that you are in, or above it. Name another one.")
         if final.exists() and not final.is_dir():
             raise OutputError(f"path={str(final)!r} is a file, and a folder is to be written there. Name another one.")
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +84,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 temporary.replace(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def interrupted(path: str | os.PathLike[str]) -> Path | None:
+    """Where the older folder is, if the program was killed at the very moment when a new one took its name."""
+    final = Path(os.path.realpath(path))
+    return None if final.exists() else next(final.parent.glob(f".{glob.escape(final.name)}.old.*"), None)
 
 
 def _swap(temporary: Path, final: Path) -> None:

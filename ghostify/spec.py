@@ -7,6 +7,7 @@ touches a model. Shapes leave out the batch dimension: ``(c, h, w)``.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -52,13 +53,13 @@ class GhostSpec:
 
     def __post_init__(self) -> None:
         ratio = self.ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 1 <= ratio < math.inf:
+        if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real) or not 1 <= ratio < math.inf:
             raise OptionError(
                 f"ratio={ratio!r} is not a finite number ≥ 1: a Ghost unit computes 1/ratio of its channels by the "
                 "primary convolution. Use 2 for half of them, 1.25 for four fifths."
             )
         d = self.dw_size
-        if isinstance(d, bool) or not isinstance(d, int) or d < 1 or d % 2 == 0:
+        if isinstance(d, bool) or not isinstance(d, numbers.Integral) or d < 1 or d % 2 == 0:
             raise OptionError(
                 f"dw_size={d!r} is not an odd number ≥ 1: an even depthwise kernel would shift the map. Use 3, 5 or 7."
             )
@@ -68,6 +69,9 @@ class GhostSpec:
         ):
             if value not in allowed:
                 raise OptionError(f"{name}={value!r} is unknown. Use one of {', '.join(allowed)}.")
+        # NumPy's numbers are welcome, and do not stay: JSON does not know them.
+        object.__setattr__(self, "ratio", float(ratio))
+        object.__setattr__(self, "dw_size", int(d))
 
     def intrinsic_channels(self, out_channels: int, groups: int = 1) -> int:
         """Channels ``m`` that the primary convolution computes: ``⌈n/s⌉``, the same number in every group.

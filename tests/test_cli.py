@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from ghostify.cli import app
+from ghostify.cli import app, main
+from ghostify.nn.cifar import resnet20
 from ghostify.spec import Plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -20,6 +22,22 @@ def ghostify(*arguments, folder):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "ghostify", *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch, capsys):
+    """Run the command in this process: status, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ghostify", *map(str, arguments)])
+        monkeypatch.setattr("warnings.showwarning", None)  # given back afterwards
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return call
 
 
 @pytest.mark.parametrize("command", ["plan", "convert", "distill", "compare", "export", "demo"])
@@ -80,23 +98,81 @@ def test_plan_as_json(tmp_path):
         (["plan", RESNET, "--input-shape", "3x"], "input-shape='3x'"),
         (["plan", "ghostify.nn.cifar:resnet200"], "resnet20"),
         (["export", RESNET, "nowhere", "--out", "x.onnx"], "nowhere"),
-        (["convert", RESNET, "--plan", "nowhere.json", "--out", "small"], "nowhere.json"),
     ],
 )
-def test_errors_are_one_line_and_status_1(arguments, told, tmp_path):
-    done = ghostify(*arguments, folder=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("ghostify: ")
-    assert done.stderr.count("\n") == 1
-    assert told in done.stderr
+def test_errors_are_one_line_and_status_1(called, arguments, told, tmp_path):
+    status, out, error = called(*arguments)
+    assert (status, out) == (1, "")
+    assert error.startswith("ghostify: ")
+    assert error.count("\n") == 1
+    assert told in error
     assert not any(tmp_path.iterdir())
 
 
-def test_wrong_usage_is_status_2(tmp_path):
-    assert ghostify("plan", folder=tmp_path).returncode == 2
-    assert ghostify("plan", RESNET, "--ratio", "two", folder=tmp_path).returncode == 2
-    assert ghostify("prune", RESNET, folder=tmp_path).returncode == 2
+def test_a_network_without_trained_weights_is_told(called, tmp_path):
+    status, _, told = called("convert", RESNET, "--out", "small")
+    assert status == 0
+    assert told.startswith(f"note: {RESNET} has the weights that it is made with, which may be random")
+    torch.save(resnet20().state_dict(), tmp_path / "w.pth")
+    status, _, told = called("compare", RESNET, "small", "--weights", "w.pth", "--json")
+    assert (status, told) == (0, "")
+
+
+def test_bad_files_are_told(called, tmp_path):
+    status, _, told = called("convert", RESNET, "--plan", "nowhere.json", "--out", "small")
+    assert status == 1
+    assert "nowhere.json" in told
+    called("convert", RESNET, "--out", "small")
+    (tmp_path / "h.json").write_text('{"epochs": [{"epoch": 1, "loss": "low"}]}')
+    status, _, told = called("compare", RESNET, "small", "--history", "h.json")
+    assert status == 1
+    assert "not a ghostify history: epochs.0.loss" in told
+
+
+def test_a_folder_that_saving_would_empty_is_refused_before_the_training(called, tmp_path):
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    (tmp_path / "run" / "student" / "thesis.tex").write_text("")
+    status, _, told = called("distill", RESNET, "nowhere", "--data", "digits", "--out", "run")
+    assert status == 1
+    assert "holds other files (thesis.tex)" in told
+
+
+def test_what_was_not_foreseen_is_one_line_too(called, monkeypatch):
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("on\npurpose")
+
+    monkeypatch.setattr("ghostify.cli.plan", broken)
+    status, out, told = called("plan", RESNET)
+    assert (status, out) == (1, "")
+    assert told == (
+        "ghostify: ZeroDivisionError: on purpose. This was not foreseen; GHOSTIFY_DEBUG=1 shows where it happened.\n"
+    )
+    monkeypatch.setenv("GHOSTIFY_DEBUG", "1")
+    monkeypatch.setattr(sys, "argv", ["ghostify", "plan", RESNET])
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_full_disk_behind_standard_output_is_an_error(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ghostify", "plan", RESNET],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("ghostify: OSError: [Errno 28] No space left")
+    assert done.stderr.count("\n") == 1
+
+
+def test_wrong_usage_is_status_2(called):
+    for wrong in (["--images", "0"], ["--seed", "-1"], ["--seed", str(2**63)]):
+        status, _, told = called("convert", RESNET, "--out", "small", *wrong)
+        assert status == 2
+        assert wrong[0] in told
+    for arguments in (["plan"], ["plan", RESNET, "--ratio", "two"], ["prune", RESNET]):
+        assert called(*arguments)[0] == 2
 
 
 @pytest.mark.slow

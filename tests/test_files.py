@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ghostify.errors import OutputError
-from ghostify.files import atomic_file, atomic_folder
+from ghostify.deployment.manifest import read_manifest
+from ghostify.errors import ArtefactError, OutputError
+from ghostify.files import atomic_file, atomic_folder, interrupted
 
 
 def names(folder: Path) -> list[str]:
@@ -167,3 +168,41 @@ def test_an_unwritable_folder_is_said(write: Writer, tmp_path: Path) -> None:
             write(tmp_path / "result", "new")
     finally:
         tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_a_link_stays_a_link(write: Writer, tmp_path: Path) -> None:
+    write(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert read(tmp_path / "real") == "new"
+    assert names(tmp_path) == ["link", "real"]
+
+
+def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_file(tmp_path / "pipe", "through it")
+    assert os.read(reader, 100) == b"through it"
+    os.close(reader)
+    assert names(tmp_path) == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_working_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (Path("."), Path(".."), tmp_path / "here"):
+        with pytest.raises(OutputError, match="the folder that you are in"):
+            write_folder(path, "new")
+    assert names(tmp_path) == ["here"]
+
+
+def test_a_folder_whose_replacement_was_interrupted_is_found(tmp_path: Path) -> None:
+    write_folder(tmp_path / "result", "old")
+    assert interrupted(tmp_path / "result") is None
+    (tmp_path / "result").rename(tmp_path / ".result.old.abc")
+    assert interrupted(tmp_path / "result") == tmp_path / ".result.old.abc"
+    with pytest.raises(ArtefactError, match=r"A save was interrupted: .*\.result\.old\.abc' is the one before it"):
+        read_manifest(tmp_path / "result")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -119,3 +120,9 @@ def test_the_table_comes_in_other_styles(plan):
     assert plan.table("github").startswith("| site")
     assert "<table>" in plan.table("html")
     assert all(decision.site.name in plan.table() for decision in plan)
+
+
+def test_numbers_of_numpy_are_numbers():
+    spec = GhostSpec(np.float32(1.5), np.int64(5))
+    assert spec == GhostSpec(1.5, 5)
+    assert (type(spec.ratio), type(spec.dw_size)) == (float, int)

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from ghostify.conversion.fitting import channel_weight, fit_unit, norm_scale
 from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels, white_explained
+from ghostify.errors import InputsError
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Decision, Plan
 from ghostify.tracing import Example, Trace, unmarked
@@ -173,6 +174,11 @@ def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> None:
         factor = _through_norm(norm, decision.site.out_channels).to(targets[0])
         factor = factor.view(-1, *(1 for _ in decision.site.kernel_size))
         targets = [y + d * factor for y, d in zip(targets, visit.drift, strict=True)]
+    if not all(bool(torch.isfinite(maps).all()) for maps in (*visit.inputs, *targets)):
+        raise InputsError(
+            f"site={decision.site.name!r}: on the calibration inputs, its maps hold NaN or infinite numbers. "
+            "Check how the inputs are normalised, and whether the model's precision is enough for them."
+        )
     fit_unit(
         conversion.unit(decision),
         conversion.original(decision),

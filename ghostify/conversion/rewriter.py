@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from ghostify.conversion.calibration import Calibration, calibration_chunks, check_runs
 from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
 from ghostify.conversion.verification import verify
-from ghostify.errors import InputsError, OptionError, PlanMismatchError, TraceError
+from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError, TraceError
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning import Override, chosen_spec, override_specs, plan_traced, skip_patterns
 from ghostify.planning.cost import ghost_macs, ghost_params
@@ -101,6 +102,10 @@ def apply(
         InputsError: The calibration data are empty or do not fit.
         ConversionError: The result does not do what the plan promised.
     """
+    if not isinstance(plan, Plan):
+        raise OptionError(
+            f"plan={reprlib.repr(plan)} is no Plan. Pass what ghostify.plan(...) gives, and then the model."
+        )
     model = as_planned(plan, model)
     check_fits(plan, model)
     start = _chosen_initialiser(initialiser, calibration, model)
@@ -199,9 +204,11 @@ def _facts(
 
 
 def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, seed: int) -> nn.Module:
-    student = _copy_with_units(facts.model, plan.replaced, plan, seed)
-    with evaluating(student):
-        start(Conversion(plan, facts, student, chunks, seed))
+    _check_values(plan, facts.model)
+    with torch.inference_mode(False):  # parameters made in it could never be trained
+        student = _copy_with_units(facts.model, plan.replaced, plan, seed)
+        with evaluating(student):
+            start(Conversion(plan, facts, student, chunks, seed))
     for decision in plan.replaced:
         # Modules that the initialiser made anew know only the evaluation mode of the moment.
         mode = facts.model.get_submodule(decision.site.name).training
@@ -214,6 +221,19 @@ def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, 
                     norm.train(mode)
     verify(student, plan, facts)
     return student
+
+
+def _check_values(plan: Plan, model: nn.Module) -> None:
+    """Raise InputsError for NaN among the weights that the Ghost units are to start from."""
+    for decision in plan.replaced:
+        chain = decision.site.chain
+        for name in filter(None, (decision.site.name, chain.norm if chain is not None else None)):
+            for what, tensor in model.get_submodule(name).state_dict().items():
+                if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                    raise InputsError(
+                        f"model: {name}.{what} holds NaN or infinite numbers. Load weights of a training that did not "
+                        "diverge."
+                    )
 
 
 def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan, seed: int) -> nn.Module:
@@ -236,7 +256,13 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
             memo[id(conv)] = GhostConv.from_conv(conv, decision.spec, norm=norm, activation=activation)
         if norm is not None:
             memo[id(norm)] = nn.Identity().train(norm.training)
-    student = copy.deepcopy(model, {**copier_memo(model), **memo})
+    try:
+        student = copy.deepcopy(model, {**copier_memo(model), **memo})
+    except Exception as error:  # whatever a class of the user's raises
+        raise ConversionError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. Take what cannot be copied "
+            "(a lock, an open file, a generator) off the model while it is converted."
+        ) from error
     student.ghostify_plan = plan  # type: ignore[assignment]
     return student
 

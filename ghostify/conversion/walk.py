@@ -21,13 +21,9 @@ from torch.utils._pytree import tree_leaves
 from ghostify.errors import ConversionError
 from ghostify.spec import Decision
 from ghostify.tracing.example import Example
-from ghostify.tracing.graph import only_user
+from ghostify.tracing.graph import changes_its_input, only_user
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-_IN_PLACE = {
-    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
-    operator.iand, operator.ior, operator.ixor,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def _step(
     same = not replaced and all(
         pair[0] is pair[1] for pair in (values[argument][index] for argument in node.all_input_nodes)
     )
-    if not same and _changes_its_input(node, teacher):
+    if not same and changes_its_input(node, teacher):
         # What the teacher's step is about to change may be what the student goes on with, under this name or another.
         _unshare(_arguments(node, values, index)[0], values, index)
     mine_in, theirs_in = _arguments(node, values, index)
@@ -168,18 +164,6 @@ def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)  # op is call_function
     return node.target(*args, **kwargs)
-
-
-def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    name = getattr(node.target, "__name__", str(node.target))
-    return (
-        node.target in _IN_PLACE
-        or (name.endswith("_") and not name.endswith("__"))
-        or bool(node.kwargs.get("inplace"))
-        or "out" in node.kwargs
-    )
 
 
 def _unshare(arguments: Any, values: dict[fx.Node, list[tuple[Any, Any]]], index: int) -> None:

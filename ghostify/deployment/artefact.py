@@ -55,7 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     plan = model_plan(model)
     _check_unchanged(model, plan)
     folder = Path(path)
-    _check_replaceable(folder)
+    check_replaceable(folder)
     entries, tensors = _collect(model)
     try:
         data = safetensors.torch.save(tensors)
@@ -174,8 +174,12 @@ def _collect(model: nn.Module) -> tuple[dict[str, TensorEntry], dict[str, Tensor
     return entries, tensors
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Saving replaces a folder, so it must hold nothing but an artefact."""
+def check_replaceable(folder: Path) -> None:
+    """Saving replaces a folder, so it must hold nothing but an artefact.
+
+    Raises:
+        OutputError: It holds other files.
+    """
     if folder.is_dir():
         others = sorted(file.name for file in folder.iterdir() if file.name not in (PLAN_FILE, WEIGHTS_FILE))
         if others:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ghostify.documents import first_problem
 from ghostify.errors import ArtefactError
+from ghostify.files import interrupted
 from ghostify.spec import Plan
 
 FORMAT = "ghostify-artefact"
@@ -120,7 +121,9 @@ def read_manifest(folder: Path) -> Content:
     where = f"path={str(folder)!r}"
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ArtefactError(f"{where} {what}. Give the folder that `ghostify.save` wrote.")
+        older = interrupted(folder)
+        hint = f" A save was interrupted: {str(older)!r} is the one before it; rename that." if older else ""
+        raise ArtefactError(f"{where} {what}. Give the folder that `ghostify.save` wrote.{hint}")
     if not file.is_file():
         raise ArtefactError(
             f"{where} holds no {PLAN_FILE}: it is no artefact. Give the folder that `ghostify.save` wrote."

@@ -23,7 +23,7 @@ from ghostify.errors import ExportError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
 from ghostify.spec import Plan
-from ghostify.tracing.example import Example, ExampleInputs, evaluating
+from ghostify.tracing.example import Example, ExampleInputs, evaluating, require_module
 
 # A protocol buffer cannot be larger, and the weights are kept inside the one file.
 _MAX_BYTES = 2**31 - 1
@@ -67,6 +67,7 @@ def export_onnx(
         MissingExtraError: The extra ``onnx`` is not installed.
         OutputError: The file cannot be written.
     """
+    require_module(model, "model")
     _check_options(batch_sizes, tolerance)
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")

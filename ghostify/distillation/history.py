@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import pydantic
 from torch import nn
 
-from ghostify.documents import STRICT
+from ghostify.documents import STRICT, read_document
+from ghostify.errors import InputsError
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,24 @@ class Epoch:
     __pydantic_config__ = STRICT
 
 
+def read_history(text: str | bytes) -> tuple[Epoch, ...]:
+    """The epochs in the text of a ``history.json``.
+
+    Raises:
+        InputsError: It is no history, or was changed by hand.
+    """
+    return read_document(_HISTORY, text, kind="history", verb="distill", error=InputsError).epochs
+
+
+@dataclass(frozen=True)
+class _History:
+    """What is read of a ``history.json``; the settings of the run and its start are for the reader."""
+
+    epochs: tuple[Epoch, ...]
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished distillation.
@@ -76,3 +96,6 @@ class Run:
     start: Scores | None
     best_epoch: int
     out: Path | None
+
+
+_HISTORY = pydantic.TypeAdapter(_History)

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 from ghostify.distillation.batches import Batch, Reader, check_labels
 from ghostify.errors import InputsError, OptionError, TrainingError
-from ghostify.tracing.example import evaluating
+from ghostify.tracing.example import evaluating, require_module
 
 
 def check_models(student: nn.Module, teacher: nn.Module, epochs: int) -> None:
     """See that there is something to train, and that training it leaves the teacher alone.
 
     Raises:
+        InputsError: One of them is no module.
         OptionError: ``epochs`` is not a whole number of at least 1.
         TrainingError: The two are one model, share tensors, or are on different devices; or nothing is trainable.
     """
+    require_module(student, "student")
+    require_module(teacher, "teacher")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise OptionError(f"epochs={epochs!r} must be a whole number of at least 1. Pass, for example, epochs=10.")
     if student is teacher:

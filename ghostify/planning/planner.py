@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -182,11 +183,11 @@ def override_specs(overrides: Mapping[str, Override] | None, default: GhostSpec)
 def _override_spec(pattern: str, value: Override, default: GhostSpec) -> GhostSpec | None:
     if value is None or isinstance(value, GhostSpec):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise OptionError(
             f"overrides={{{pattern!r}: {value!r}}} is neither a ratio, nor a GhostSpec, nor None, which keeps the site."
         )
-    return replace(default, ratio=value)
+    return replace(default, ratio=float(value))
 
 
 def _check_pattern(option: str, pattern: str, names: list[str]) -> None:

@@ -21,7 +21,7 @@ from ghostify.reporting.latency import LatencyOptions, device_name, device_of, m
 from ghostify.reporting.report import Environment, ModelNumbers, Report
 from ghostify.spec import Plan
 from ghostify.tracing.counting import count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs
+from ghostify.tracing.example import Example, ExampleInputs, require_module
 
 _LATENCY_DEFAULTS = LatencyOptions()
 
@@ -55,6 +55,8 @@ def compare(
         InputsError: Inputs or data are missing, empty or do not fit; or the models' outputs differ in shape.
         TraceError: A model does not run on the example inputs.
     """
+    require_module(original, "original")
+    require_module(compressed, "compressed")
     example = Example.of(example_inputs)
     if plan is None:
         carried = getattr(compressed, "ghostify_plan", None)

@@ -11,7 +11,8 @@ from ghostify.tracing.example import (
     unmarked,
     unwrapped,
 )
-from ghostify.tracing.trace import Trace, fingerprint, is_site, lifted_as, trace
+from ghostify.tracing.sites import fingerprint, is_site
+from ghostify.tracing.trace import Trace, lifted_as, trace
 
 __all__ = [
     "Example",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,13 +144,28 @@ class Example:
                 ) from error
 
 
+def require_module(value: object, name: str) -> None:
+    """Raise an InputsError for an argument that is no network, before anything else is made of it.
+
+    Args:
+        value: What was passed.
+        name: The argument's name.
+    """
+    if not isinstance(value, nn.Module):
+        raise InputsError(f"{name}={reprlib.repr(value)} is no torch.nn.Module. Pass a network, such as resnet18().")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside what torch wraps around it: ``DataParallel``, ``DistributedDataParallel``, ``torch.compile``.
+
+    Raises:
+        InputsError: It is no module at all.
 
     Example:
         >>> type(unwrapped(nn.DataParallel(nn.Conv2d(3, 8, 3)))).__name__
         'Conv2d'
     """
+    require_module(model, "model")
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module

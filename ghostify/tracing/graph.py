@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -30,6 +31,10 @@ FUNCTIONS: dict[str, type[nn.Module]] = {
 _OTHER_ACTIVATIONS = {
     "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "hardtanh", "threshold", "softplus", "softsign",
     "logsigmoid", "tanhshrink", "hardshrink", "softshrink", "clamp", "clip", "clamp_min",
+}  # fmt: skip
+_IN_PLACE = {
+    operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+    operator.iand, operator.ior, operator.ixor,
 }  # fmt: skip
 _FUNCTION_TARGETS = {
     getattr(home, name): name for home in (torch, F) for name in FUNCTIONS if callable(getattr(home, name, None))
@@ -101,6 +106,19 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
     return Chain(norm, activation, obstacle, _makes_output(node, model))
 
 
+def changes_its_input(node: fx.Node, model: nn.Module) -> bool:
+    """Whether a node works in place, so that others see what it did to its first argument."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = getattr(node.target, "__name__", str(node.target))
+    return (
+        node.target in _IN_PLACE
+        or (name.endswith("_") and not name.endswith("__"))
+        or bool(node.kwargs.get("inplace"))
+        or "out" in node.kwargs
+    )
+
+
 def _is_batch_norm(module: nn.Module) -> bool:
     """Whether it normalises every channel by running statistics, whatever else it does.
 
@@ -153,6 +171,8 @@ def _makes_output(node: fx.Node, model: nn.Module) -> bool:
         if any(_is_weight(argument, model) for argument in user.all_input_nodes):
             return False
         stack.extend(user.users)
+        if changes_its_input(user, model) and user.all_input_nodes:
+            stack.extend(later for later in user.all_input_nodes[0].users if user < later)
     return True
 
 

@@ -6,7 +6,6 @@ convolution comes from the graph; where there is none, the facts say so and noth
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.parametrize import is_parametrized
 
 from ghostify.errors import PlanError, TraceError
 from ghostify.nn.ghost import GhostConv
@@ -25,10 +23,7 @@ from ghostify.tracing.counting import MacCount, counting
 from ghostify.tracing.example import Example, ExampleInputs, difference, unwrapped
 from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
 from ghostify.tracing.lifting import lift_functions
-
-_REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+from ghostify.tracing.sites import is_separable, obstacle_to_replacing, own_facts, parameter_owners
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
             "ghostify converts networks that hold torch.nn.Conv1d, Conv2d or Conv3d modules, transposed or not."
         )
     nodes = _nodes_by_module(graph)
-    owners = _owners(model)
+    owners = parameter_owners(model)
     units = [f"{name}." for name, module in model.named_modules() if isinstance(module, GhostConv)]
     sites = [
         _site(
@@ -116,7 +111,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
             calls[name],
             "inside a Ghost unit"
             if name.startswith(tuple(units))
-            else _obstacle(name, module, owners) or unusual.get(name, ""),
+            else obstacle_to_replacing(name, module, owners) or unusual.get(name, ""),
             nodes.get(name),
             model,
         )
@@ -148,25 +143,6 @@ def lifted_as(model: nn.Module, arguments: Collection[str]) -> tuple[nn.Module, 
             "Pass the model that was planned."
         )
     return lifted
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's structure; values and devices do not count.
-
-    Names and shapes of its state, and the class and options of every convolution, which shapes do not tell.
-
-    Example:
-        >>> fingerprint(nn.Conv2d(3, 8, 3)) == fingerprint(nn.Conv2d(3, 8, 3))
-        True
-        >>> fingerprint(nn.Conv2d(3, 8, 3)) == fingerprint(nn.Conv2d(3, 8, 3, stride=2))
-        False
-    """
-    lines = [f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items() if isinstance(value, Tensor)]
-    for name, module in model.named_modules():
-        if isinstance(module, _ConvNd):
-            options = {option: getattr(module, option) for option in _OPTIONS}
-            lines.append(f"{name} {type(module).__name__} {options}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _check_kind(model: nn.Module) -> None:
@@ -253,6 +229,8 @@ def _site(
 ) -> Site:
     if nodes is not None and nodes.read_directly:
         obstacle = obstacle or "its weight is read directly, not only by calling it"
+    if not obstacle and calls and not is_separable(module, calls[0][1]):
+        obstacle = "some of its filters alone give other maps than they give together"
     return Site(
         name=name,
         **own_facts(module),
@@ -263,37 +241,6 @@ def _site(
         if nodes is not None and len(nodes.calls) == 1
         else None,
     )
-
-
-def own_facts(module: _ConvNd) -> dict[str, Any]:
-    """What a site says of its module alone, whatever the module is part of."""
-    return {
-        "kind": type(module).__name__,
-        "in_channels": module.in_channels,
-        "out_channels": module.out_channels,
-        "kernel_size": tuple(module.kernel_size),
-        "stride": tuple(module.stride),
-        "groups": module.groups,
-        "bias": module.bias is not None,
-        "params": sum(parameter.numel() for parameter in module.parameters(recurse=False)),
-        "channel_params": _channel_params(module),
-        "transposed": module.transposed,
-    }
-
-
-def is_site(module: nn.Module | None, site: Site) -> bool:
-    """Whether a module can be the one that a site tells of."""
-    return isinstance(module, _ConvNd) and all(
-        getattr(site, name) == value for name, value in own_facts(module).items()
-    )
-
-
-def _channel_params(module: _ConvNd) -> int:
-    """Parameters that belong to one output channel: those that `select_channels` would leave out with it."""
-    n = module.out_channels
-    weight = module.weight.numel() // n
-    rest = (p for name, p in module.named_parameters(recurse=False) if name != "weight")
-    return weight + sum(p.numel() // n for p in rest if p.dim() and p.shape[0] == n)
 
 
 @dataclass
@@ -316,32 +263,3 @@ def _nodes_by_module(graph: fx.Graph | None) -> dict[str, _Nodes]:
         elif node.op == "get_attr":
             found[str(node.target).rpartition(".")[0]].read_directly = True
     return found
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """The modules that hold each parameter, by the parameter's identity."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)].append(name)
-    return owners
-
-
-def _obstacle(name: str, module: _ConvNd, owners: dict[int, list[str]]) -> str:
-    """Why a module cannot be replaced without changing its meaning; empty if it can."""
-    if not name:
-        return "it is the whole model; put it into an nn.Sequential"
-    if not isinstance(module, _REPLACEABLE):
-        return f"{type(module).__name__}: not a kind of torch.nn.Conv1d to 3d, transposed or not"
-    if is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed anew at every call (parametrization)"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "it carries hooks that expect this very module"
-    if next(module.children(), None) is not None:
-        return "it has modules of its own inside"
-    for what, parameter in module._parameters.items():
-        others = [owner for owner in owners.get(id(parameter), ()) if owner != name]
-        if others:
-            return f"its {what} is shared with {others[0] or 'the model itself'}"
-    return ""

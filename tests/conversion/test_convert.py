@@ -1,6 +1,7 @@
 """Conversions, seen from outside: what comes back, from which start, and what is refused."""
 
 import copy
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import ghostify
 from ghostify import GhostConv2d, GhostSpec
-from ghostify.conversion import INITIALISERS
+from ghostify.conversion import INITIALISERS, walk
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError
 from ghostify.nn import GhostConv
 from ghostify.nn.cifar import CifarResNet, resnet20, resnet56
@@ -68,6 +69,32 @@ def test_better_starts_are_better():
         for name in ("first", "least-squares", "sequential")
     }
     assert errors["sequential"] < errors["least-squares"] < errors["first"]
+
+
+class ShortcutThatDrifts(nn.Module):
+    """A residual block whose shortcut starts with a convolution that is replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.before = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.closing, self.norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        x = self.before(self.stem(x))
+        return x + self.norm(self.closing(F.relu(x)))
+
+
+def test_the_layer_that_closes_a_block_makes_up_for_its_shortcut(monkeypatch):
+    """The other sign would double what is lost, and none at all would leave it."""
+    torch.manual_seed(0)
+    model = ShortcutThatDrifts().eval()
+    drift = walk._drift
+    errors = {}
+    for name, sign in (("made up for", 1), ("left", 0), ("doubled", -1)):
+        monkeypatch.setattr(walk, "_drift", lambda *a, sign=sign: [sign * d for d in drift(*a) or ()] or None)
+        small = ghostify.convert(model, example_inputs=X, calibration=IMAGES, overrides={"closing": 1.3})
+        errors[name] = error(small, model)
+    assert errors["made up for"] < 0.9 * errors["left"] < 0.9 * errors["doubled"]
 
 
 def test_without_calibration_the_weights_are_used():
@@ -225,6 +252,69 @@ def test_a_unit_that_breaks_its_promise_is_caught(fault, monkeypatch):
         ghostify.convert(net(), example_inputs=X)
 
 
+class Forgetful(nn.Module):
+    """Copies of it forget a number that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = net(), 1.0
+
+    def forward(self, x):
+        return self.net(x) * self.scale
+
+    def __deepcopy__(self, memo):
+        made = Forgetful()
+        made.net = copy.deepcopy(self.net, memo)
+        return made
+
+
+class Counting(Forgetful):
+    """Gives something else every time."""
+
+    def forward(self, x):
+        Counting.calls = getattr(Counting, "calls", 0) + 1
+        return self.net(x) + Counting.calls
+
+
+@pytest.mark.parametrize("kind", [Forgetful, Counting])
+def test_what_cannot_be_verified_is_an_error(kind):
+    """Shapes are right, and nothing else tells that the copy is not the model any more."""
+    model = kind().eval()
+    model.scale = 2.0
+    with pytest.raises(ConversionError, match="With stand-ins that compute what the original convolutions compute"):
+        ghostify.convert(model, example_inputs=X)
+
+
+def test_a_model_that_cannot_be_copied():
+    model = net()
+    model.lock = threading.Lock()
+    with pytest.raises(ConversionError, match=r"CifarResNet cannot be copied: TypeError: .*lock.*Take what cannot"):
+        ghostify.convert(model, example_inputs=X)
+
+
+@pytest.mark.parametrize("name", list(INITIALISERS))
+def test_broken_weights_are_named(name):
+    model = net()
+    model.layer2[0].bn1.running_var[3] = float("nan")
+    with pytest.raises(InputsError, match=r"model: layer2\.0\.bn1\.running_var holds NaN"):
+        ghostify.convert(model, example_inputs=X, calibration=IMAGES, initialiser=name)
+
+
+@pytest.mark.parametrize("name", ["least-squares", "sequential"])
+def test_maps_that_overflow_are_named(name):
+    model = net()
+    model.bn1.weight.data *= 1e38
+    with pytest.raises(InputsError, match=r"site='layer1\.0\.conv1': on the calibration inputs, its maps hold NaN"):
+        ghostify.convert(model, example_inputs=X, calibration=IMAGES * 100, initialiser=name)
+
+
+def test_conversion_inside_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        small = ghostify.convert(net(), example_inputs=X, calibration=IMAGES)
+    small.train()(X).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
 class Untraceable(nn.Module):
     def __init__(self):
         super().__init__()
@@ -258,9 +348,11 @@ class InPlace(nn.Module):
     def forward(self, x):
         shared = self.stem(x)
         out = self.norm(self.a(shared))
-        shared += out
+        view = shared[:, :4]
+        shared.add_(out)  # not +=, which FX makes an addition that is not in place
         shared.relu_()
-        shared += self.b(F.relu(shared))
+        shared.add_(self.b(F.relu(shared)))
+        shared = torch.cat([view, shared[:, 4:]], 1)
         return self.head(shared.mean((2, 3)))
 
 

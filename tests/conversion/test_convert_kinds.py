@@ -170,3 +170,29 @@ def test_a_model_keeps_its_class_where_no_functional_convolution_is_replaced():
     )
     assert type(small) is Functional
     assert small.ghostify_plan.lifted == ()
+
+
+class ScaledInput(nn.Conv2d):
+    """A number for every *input* channel, of which there are as many as output channels."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.scale = nn.Parameter(torch.rand(self.in_channels))
+
+    def forward(self, x):
+        return super().forward(x * self.scale.view(-1, 1, 1))
+
+
+class ScaledOutput(ScaledInput):
+    def forward(self, x):
+        return nn.Conv2d.forward(self, x) * self.scale.view(-1, 1, 1)
+
+
+def test_numbers_of_input_channels_are_not_taken_for_those_of_output_channels():
+    def model(kind):
+        return nn.Sequential(nn.Conv2d(3, 16, 3), kind(16, 16, 3), nn.Flatten(), nn.Linear(2304, 2)).eval()
+
+    small = ghostify.convert(model(ScaledOutput), example_inputs=X, initialiser="first")
+    assert small[1].primary_conv.scale.shape == (8,)
+    with pytest.raises(ghostify.GhostifyError, match="some of its filters alone give other maps than they give toget"):
+        ghostify.convert(model(ScaledInput), example_inputs=X)

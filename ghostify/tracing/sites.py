@@ -1,0 +1,119 @@
+"""The facts of a convolution that its module alone tells, and the fingerprint of a whole model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from ghostify.nn.selection import select_channels
+from ghostify.spec import Call, Site
+from ghostify.tracing.example import difference, unmarked
+
+_REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_OPTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+
+
+def own_facts(module: _ConvNd) -> dict[str, Any]:
+    """What a site says of its module alone, whatever the module is part of."""
+    return {
+        "kind": type(module).__name__,
+        "in_channels": module.in_channels,
+        "out_channels": module.out_channels,
+        "kernel_size": tuple(module.kernel_size),
+        "stride": tuple(module.stride),
+        "groups": module.groups,
+        "bias": module.bias is not None,
+        "params": sum(parameter.numel() for parameter in module.parameters(recurse=False)),
+        "channel_params": _channel_params(module),
+        "transposed": module.transposed,
+    }
+
+
+def is_site(module: nn.Module | None, site: Site) -> bool:
+    """Whether a module can be the one that a site tells of."""
+    return isinstance(module, _ConvNd) and all(
+        getattr(site, name) == value for name, value in own_facts(module).items()
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a model's structure; values and devices do not count.
+
+    Names and shapes of its state, and the class and options of every convolution, which shapes do not tell.
+
+    Example:
+        >>> fingerprint(nn.Conv2d(3, 8, 3)) == fingerprint(nn.Conv2d(3, 8, 3))
+        True
+        >>> fingerprint(nn.Conv2d(3, 8, 3)) == fingerprint(nn.Conv2d(3, 8, 3, stride=2))
+        False
+    """
+    lines = [f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items() if isinstance(value, Tensor)]
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            options = {option: getattr(module, option) for option in _OPTIONS}
+            lines.append(f"{name} {type(module).__name__} {options}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by the parameter's identity."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
+    return owners
+
+
+def obstacle_to_replacing(name: str, module: _ConvNd, owners: dict[int, list[str]]) -> str:
+    """Why a module cannot be replaced without changing its meaning; empty if it can."""
+    if not name:
+        return "it is the whole model; put it into an nn.Sequential"
+    if not isinstance(module, _REPLACEABLE):
+        return f"{type(module).__name__}: not a kind of torch.nn.Conv1d to 3d, transposed or not"
+    if is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is computed anew at every call (parametrization)"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it carries hooks that expect this very module"
+    if next(module.children(), None) is not None:
+        return "it has modules of its own inside"
+    for what, parameter in module._parameters.items():
+        others = [owner for owner in owners.get(id(parameter), ()) if owner != name]
+        if others:
+            return f"its {what} is shared with {others[0] or 'the model itself'}"
+    return ""
+
+
+def is_separable(module: _ConvNd, call: Call) -> bool:
+    """Whether some channels of a convolution are what they are without the others, too.
+
+    A subclass may hold what looks like a number for every output channel and is one for every
+    input channel, say. So where there is more than filters and biases, it is tried.
+    """
+    n = module.out_channels
+    state = [(name, tensor) for name, tensor in module.state_dict().items() if name not in ("weight", "bias")]
+    channels = torch.arange(n).view(module.groups, -1)[:, 1::2].flatten()
+    if not len(channels) or module.weight.is_meta or not any(t.dim() and t.shape[0] == n for _, t in state):
+        return True
+    weight = module.weight
+    x = torch.randn(1, *call.input_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    try:
+        with unmarked(module), torch.no_grad():
+            part = select_channels(module, channels)
+            return not difference(part(x), module(x).index_select(1, channels.to(weight.device)))
+    except Exception:  # whatever a subclass raises when its own numbers do not fit any more
+        return False
+
+
+def _channel_params(module: _ConvNd) -> int:
+    """Parameters that belong to one output channel: those that `select_channels` would leave out with it."""
+    n = module.out_channels
+    weight = module.weight.numel() // n
+    rest = (p for name, p in module.named_parameters(recurse=False) if name != "weight")
+    return weight + sum(p.numel() // n for p in rest if p.dim() and p.shape[0] == n)
