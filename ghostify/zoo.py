@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ghostify._torchvision import import_torchvision
 from ghostify.errors import ArtefactError, ModelNotFoundError, OptionError
 from ghostify.extras import require
+from ghostify.states import versioned
 
 _FORMS = "Names look like timm:resnet18, torchvision:mobilenet_v2, package.module:factory or path/to/file.py:factory."
 _IMAGENET = (3, 224, 224)
@@ -232,7 +233,10 @@ def _importable(folder: Path) -> Iterator[None]:
 def _load_weights(model: nn.Module, file: Path, name: str) -> None:
     state = read_state(file)
     try:
-        model.load_state_dict(state, strict=True)
+        try:
+            model.load_state_dict(state, strict=True)
+        except ValueError:  # a module that wants to be told its version; others take old files better without
+            model.load_state_dict(versioned(state, model), strict=True)
     except RuntimeError as error:
         own = model.state_dict()
         lines = [

@@ -27,6 +27,7 @@ from ghostify.errors import ArtefactError, GhostifyError, OutputError
 from ghostify.files import atomic_folder
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
+from ghostify.states import versioned
 from ghostify.tracing import count_params, fingerprint, is_site, unwrapped
 
 # The safetensors header: 8 bytes of length, then about this much JSON for every tensor beside its name.
@@ -115,7 +116,7 @@ def load(path: str | os.PathLike[str], *, base: nn.Module) -> nn.Module:
             if name in state:
                 tensor.data = tensor.data.to("cpu", state[name].dtype)
         model.cpu()  # buffers outside the state
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(versioned(state, model), strict=True)
     except RuntimeError as error:
         raise ArtefactError(f"path={str(folder)!r}: its tensors do not fit base={_class(base)}: {error}") from error
     return model.eval()

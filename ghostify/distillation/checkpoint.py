@@ -15,17 +15,18 @@ from torch import Tensor, nn
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.history import Epoch, Scores
 from ghostify.files import atomic_file
+from ghostify.states import versioned
 
 State = dict[str, Any]
 
 
 def snapshot(model: nn.Module) -> State:
     """A copy of the model's state dict that further training does not change."""
-    state = model.state_dict()
-    return {
+    values = {
         name: value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-        for name, value in state.items()
+        for name, value in model.state_dict().items()
     }
+    return versioned(values, model)
 
 
 def write_weights(path: Path, state: State) -> None:

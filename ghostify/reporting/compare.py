@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ghostify.distillation.history import Epoch
 from ghostify.errors import InputsError
@@ -21,7 +20,7 @@ from ghostify.reporting.latency import LatencyOptions, device_name, device_of, m
 from ghostify.reporting.report import Environment, ModelNumbers, Report
 from ghostify.spec import Plan
 from ghostify.tracing.counting import count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs, require_module
+from ghostify.tracing.example import Example, ExampleInputs, require_module, same_shapes, shapes_of
 
 _LATENCY_DEFAULTS = LatencyOptions()
 
@@ -102,12 +101,9 @@ def _numbers(model: nn.Module, example: Example) -> ModelNumbers:
 
 
 def _check_outputs(original: nn.Module, compressed: nn.Module, example: Example) -> None:
-    shapes = [
-        [tuple(leaf.shape) for leaf in tree_leaves(example.run(model)) if isinstance(leaf, Tensor)]
-        for model in (original, compressed)
-    ]
-    if shapes[0] != shapes[1]:
-        first, second = (", ".join(map(str, found)) or "no tensor" for found in shapes)
+    runs = [example.run(model) for model in (original, compressed)]
+    if not same_shapes(*runs):
+        first, second = (", ".join(map(str, shapes_of(run))) or "no tensor" for run in runs)
         raise InputsError(
             f"The outputs differ in shape: original {first}, compressed {second}. "
             "Compare a model with one that was made from it."

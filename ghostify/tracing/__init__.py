@@ -8,6 +8,8 @@ from ghostify.tracing.example import (
     difference,
     evaluating,
     on_meta,
+    same_shapes,
+    shapes_of,
     unmarked,
     unwrapped,
 )
@@ -28,6 +30,8 @@ __all__ = [
     "is_site",
     "lifted_as",
     "on_meta",
+    "same_shapes",
+    "shapes_of",
     "state_bytes",
     "trace",
     "unmarked",

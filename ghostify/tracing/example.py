@@ -175,6 +175,30 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def shapes_of(outputs: Any) -> list[tuple[int, ...]]:
+    """Shapes of all tensors in what a model returned, in order."""
+    return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def same_shapes(outputs: Any, originals: Any) -> bool:
+    """Whether two runs gave tensors of the same shapes.
+
+    In a list or dict of outputs the first dimension is free: how many objects a detector finds
+    depends on values.
+
+    Example:
+        >>> same_shapes([{"boxes": torch.zeros(3, 4)}], [{"boxes": torch.zeros(0, 4)}])
+        True
+        >>> same_shapes(torch.zeros(3, 4), torch.zeros(0, 4))
+        False
+    """
+    runs = shapes_of(outputs), shapes_of(originals)
+    start = 0 if isinstance(originals, Tensor) else 1
+    return len(runs[0]) == len(runs[1]) and all(
+        len(a) == len(b) and a[start:] == b[start:] for a, b in zip(*runs, strict=True)
+    )
+
+
 def difference(outputs: Any, originals: Any) -> float:
     """The largest difference of two runs' tensors that are not close to each other; 0 if all are.
 

@@ -152,7 +152,9 @@ def _check_kind(model: nn.Module) -> None:
             "Pass the Python model that it was made from."
         )
     for name, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+        quantised = type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
+        # A FloatFunctional only marks an addition of a float model that could be quantised.
+        if quantised and not isinstance(module, torch.ao.nn.quantized.FloatFunctional):
             raise TraceError(
                 f"module {name!r} is a quantised {type(module).__name__}, whose weights cannot be split. "
                 "Convert the float model that it was made from, then quantise the result."

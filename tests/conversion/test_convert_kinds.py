@@ -196,3 +196,71 @@ def test_numbers_of_input_channels_are_not_taken_for_those_of_output_channels():
     assert small[1].primary_conv.scale.shape == (8,)
     with pytest.raises(ghostify.GhostifyError, match="some of its filters alone give other maps than they give toget"):
         ghostify.convert(model(ScaledInput), example_inputs=X)
+
+
+class Versioned(nn.Module):
+    """As torchvision's MNASNet: a state without its version is refused."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.net = CifarResNet(1, width=8)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be 2")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_modules_that_ask_for_their_version_are_loaded_and_distilled(tmp_path):
+    model = Versioned().eval()
+    small = ghostify.convert(model, example_inputs=X)
+    again = ghostify.load(ghostify.save(small, tmp_path / "small"), base=model)
+    assert torch.equal(again(X), small(X))
+    ghostify.distill(small, teacher=model, data=[X], val=[X], epochs=1)
+
+
+class Marked(nn.Module):
+    """As torchvision's quantizable models before they are quantised: an addition is a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.add = torch.ao.nn.quantized.FloatFunctional()
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.add.add(x, self.conv(x)).mean((2, 3)))
+
+
+def test_a_float_model_that_could_be_quantised_is_converted():
+    assert len(ghostify.convert(Marked().eval(), example_inputs=X).ghostify_plan.replaced) == 1
+
+
+class Detector(nn.Module):
+    """How many things it finds depends on values."""
+
+    def __init__(self, listed):
+        super().__init__()
+        self.net, self.listed = CifarResNet(1, width=8, num_classes=64), listed
+
+    def forward(self, x):
+        scores = self.net(x).flatten()
+        found = scores[scores > scores.mean()][:, None]
+        return [{"scores": found}] if self.listed else found
+
+
+def test_numbers_of_things_found_may_differ_and_other_shapes_may_not():
+    torch.manual_seed(0)
+    model = Detector(listed=True).eval()
+    small = ghostify.convert(model, example_inputs=X, initialiser="random")
+    assert small(X)[0]["scores"].shape != model(X)[0]["scores"].shape
+    report = ghostify.compare(model, small, example_inputs=X, latency=None)
+    assert report.compressed.params < report.original.params
+    with pytest.raises(ghostify.errors.ConversionError, match="returns tensors of shapes"):
+        ghostify.convert(Detector(listed=False).eval(), example_inputs=X, initialiser="random")
