@@ -1,0 +1,201 @@
+"""How ghostify does on every model of torchvision, and of timm that holds a convolution.
+
+    python -m benchmarks.coverage --library torchvision --onnx all
+    python -m benchmarks.coverage --only 'resnet*' --only convnext_atto
+    python -m benchmarks.coverage --report-only
+
+First every model is surveyed (how large, any convolution?), then each is planned, converted and checked, the smallest
+first. Rows are kept at once in a file, and the same command goes on where it stopped. Needs the extras models and onnx.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import date
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import ghostify
+from benchmarks.coverage.case import run_case, survey
+from benchmarks.coverage.models import listed
+from benchmarks.coverage.page import page
+from benchmarks.coverage.processes import Limits, in_process
+from benchmarks.coverage.rows import (
+    CONVERTED,
+    LISTED,
+    NO_CONVOLUTION,
+    Key,
+    Row,
+    append_row,
+    document,
+    read_rows,
+)
+from ghostify._torchvision import import_torchvision
+from ghostify.files import atomic_file
+
+ROOT = Path(__file__).parents[2]
+
+
+class Library(StrEnum):
+    """Where the models come from."""
+
+    torchvision = "torchvision"
+    timm = "timm"
+    all = "all"
+
+
+class Onnx(StrEnum):
+    """Which models are exported: none, the smallest of each family, all."""
+
+    none = "none"
+    family = "family"
+    all = "all"
+
+
+class Sweep:
+    """A sweep with what is done so far.
+
+    Args:
+        file: Where the rows are kept.
+        made: What they are made by; told with every row.
+        limits: What one model may use.
+    """
+
+    def __init__(self, file: Path, made: dict[str, str], limits: Limits) -> None:
+        self.file, self.made, self.limits = file, made, limits
+        self.rows = {key: row for key, (row, _) in read_rows(file).items()}
+
+    def survey(self, listed_rows: Iterable[Row], bar: Progress) -> None:
+        """Find out how large the models are, and which hold convolutions."""
+        unknown = [row for row in listed_rows if row.key not in self.rows]
+        for row in _shown(unknown, bar, "survey"):
+            self._keep(in_process(survey, row, self.limits))
+
+    def run(self, keys: set[Key], onnx: Onnx, *, retry: bool, bar: Progress) -> None:
+        """Do what is left of the models, the smallest first."""
+        due = [row for key, row in self.rows.items() if key in keys and row.status != NO_CONVOLUTION]
+        due = sorted((row for row in due if self._is_left(row, onnx, retry)), key=lambda row: row.params)
+        counts: Counter[str] = Counter()
+        for row in _shown(due, bar, "convert"):
+            exported = self._wants_onnx(row, onnx)
+            if not self._is_left(row, onnx, retry):
+                continue  # a smaller one of its family has been exported meanwhile
+            fresh = Row(row.library, row.name, row.family, row.task, params=row.params)
+            done = in_process(run_case, fresh, self.limits, onnx=exported or "onnx" in row.outcomes)
+            self._keep(done)
+            counts[done.status] += 1
+            counts["with a failed check"] += done.status == CONVERTED and bool(done.failures())
+            bar.console.print(f"{done.library}:{done.name} {done.status} {done.seconds:.1f} s {done.failures() or ''}")
+        bar.console.print(dict(counts))
+
+    def _is_left(self, row: Row, onnx: Onnx, retry: bool) -> bool:
+        return row.status == LISTED or (retry and bool(row.failures())) or self._wants_onnx(row, onnx)
+
+    def _wants_onnx(self, row: Row, onnx: Onnx) -> bool:
+        if onnx == Onnx.none or "onnx" in row.outcomes or row.status not in (LISTED, CONVERTED):
+            return False
+        family = [other for other in self.rows.values() if (other.library, other.family) == (row.library, row.family)]
+        return onnx == Onnx.all or not any("onnx" in other.outcomes for other in family)
+
+    def _keep(self, row: Row) -> None:
+        self.rows[row.key] = row
+        append_row(self.file, row, self.made)
+
+
+def _shown(rows: list[Row], bar: Progress, what: str) -> Iterator[Row]:
+    """The rows, one after the other, with a bar that says how far they are."""
+    shown = bar.add_task(what, total=len(rows))
+    for row in rows:
+        bar.update(shown, description=f"{what} {row.library}:{row.name}", refresh=True)
+        yield row
+        bar.advance(shown)
+
+
+def maker() -> dict[str, str]:
+    """What makes the rows: versions, hardware, day."""
+    torchvision = import_torchvision()
+    import timm
+
+    packages = {"ghostify": ghostify, "torch": torch, "torchvision": torchvision, "timm": timm}
+    versions = {name: package.__version__ for name, package in packages.items()}
+    with suppress(OSError, subprocess.CalledProcessError):  # not a checkout
+        tree = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD:ghostify"], cwd=ROOT, capture_output=True, check=True
+        )
+        versions["ghostify"] += f" (tree {tree.stdout.decode().strip()})"
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "hardware": f"{name}, no GPU",
+        "date": date.today().isoformat(),
+    }
+
+
+def write_report(file: Path, page_file: Path, json_file: Path) -> None:
+    """The page and the JSON file from the rows."""
+    known = read_rows(file)
+    rows = [row for _, (row, _) in sorted(known.items())]
+    facts = {"command": "`python -m benchmarks.coverage`"}
+    for name in ("versions", "hardware", "date"):
+        facts[name] = "; ".join(sorted({made[name] for row, made in known.values() if row.status != LISTED}))
+    for path, text in ((page_file, page(rows, facts)), (json_file, document(rows, facts))):
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"{len(rows)} models; {page_file} and {json_file} are written")
+
+
+def main(
+    library: Annotated[Library, typer.Option(help="whose models")] = Library.all,
+    only: Annotated[list[str] | None, typer.Option(help="name or pattern, such as 'resnet*'; repeatable")] = None,
+    onnx: Annotated[Onnx, typer.Option(help="which models to export; family: its smallest one")] = Onnx.none,
+    seconds: Annotated[float, typer.Option(min=1, help="limit for one model")] = 120,
+    memory_gib: Annotated[float, typer.Option(min=1, help="limit for one model")] = 10,
+    threads: Annotated[int, typer.Option(min=1, help="of torch")] = 1,
+    retry: Annotated[bool, typer.Option("--retry", help="do again what failed")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="write the page from the rows, run nothing")
+    ] = False,
+    rows: Annotated[Path, typer.Option(help="where the rows are kept")] = Path("coverage.jsonl"),
+    page_file: Annotated[Path, typer.Option("--page")] = ROOT / "docs/coverage.md",
+    json_file: Annotated[Path, typer.Option("--json")] = ROOT / "docs/coverage.json",
+) -> None:
+    """Sweep over the models of torchvision and timm, and write docs/coverage.md and docs/coverage.json."""
+    warnings.simplefilter("ignore")
+    if not report_only:
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        libraries = ("torchvision", "timm") if library == Library.all else (library.value,)
+        patterns = only or ["*"]
+        chosen = [
+            row
+            for name in libraries
+            for row in listed(name)
+            if any(fnmatchcase(row.name, pattern) for pattern in patterns)
+        ]
+        sweep = Sweep(rows, maker(), Limits(seconds, memory_gib, threads))
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        # No refreshing from a thread of its own: processes are forked from this one.
+        bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), auto_refresh=False)
+        with bar:
+            sweep.survey(chosen, bar)
+            sweep.run({row.key for row in chosen}, onnx, retry=retry, bar=bar)
+    write_report(rows, page_file, json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
