@@ -4,8 +4,9 @@
     python -m benchmarks.coverage --only 'resnet*' --only convnext_atto
     python -m benchmarks.coverage --report-only
 
-First every model is surveyed (how large, any convolution?), then each is planned, converted and checked, the smallest
-first. Rows are kept at once in a file, and the same command goes on where it stopped. Needs the extras models and onnx.
+First every model is surveyed (how large, any convolution?), then each is planned, converted and checked; the smallest
+of every family come first. Rows are kept at once in a file, and the same command goes on where it stopped. Needs the
+extras models and onnx.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import os
 import platform
 import subprocess
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from datetime import date
 from enum import StrEnum
@@ -29,20 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import ghostify
-from benchmarks.coverage.case import run_case, survey
 from benchmarks.coverage.models import listed
 from benchmarks.coverage.page import page
-from benchmarks.coverage.processes import Limits, in_process
-from benchmarks.coverage.rows import (
-    CONVERTED,
-    LISTED,
-    NO_CONVOLUTION,
-    Key,
-    Row,
-    append_row,
-    document,
-    read_rows,
-)
+from benchmarks.coverage.processes import Limits
+from benchmarks.coverage.rows import LISTED, document, read_rows
+from benchmarks.coverage.sweep import Onnx, Sweep
 from ghostify._torchvision import import_torchvision
 from ghostify.files import atomic_file
 
@@ -55,73 +45,6 @@ class Library(StrEnum):
     torchvision = "torchvision"
     timm = "timm"
     all = "all"
-
-
-class Onnx(StrEnum):
-    """Which models are exported: none, the smallest of each family, all."""
-
-    none = "none"
-    family = "family"
-    all = "all"
-
-
-class Sweep:
-    """A sweep with what is done so far.
-
-    Args:
-        file: Where the rows are kept.
-        made: What they are made by; told with every row.
-        limits: What one model may use.
-    """
-
-    def __init__(self, file: Path, made: dict[str, str], limits: Limits) -> None:
-        self.file, self.made, self.limits = file, made, limits
-        self.rows = {key: row for key, (row, _) in read_rows(file).items()}
-
-    def survey(self, listed_rows: Iterable[Row], bar: Progress) -> None:
-        """Find out how large the models are, and which hold convolutions."""
-        unknown = [row for row in listed_rows if row.key not in self.rows]
-        for row in _shown(unknown, bar, "survey"):
-            self._keep(in_process(survey, row, self.limits))
-
-    def run(self, keys: set[Key], onnx: Onnx, *, retry: bool, bar: Progress) -> None:
-        """Do what is left of the models, the smallest first."""
-        due = [row for key, row in self.rows.items() if key in keys and row.status != NO_CONVOLUTION]
-        due = sorted((row for row in due if self._is_left(row, onnx, retry)), key=lambda row: row.params)
-        counts: Counter[str] = Counter()
-        for row in _shown(due, bar, "convert"):
-            exported = self._wants_onnx(row, onnx)
-            if not self._is_left(row, onnx, retry):
-                continue  # a smaller one of its family has been exported meanwhile
-            fresh = Row(row.library, row.name, row.family, row.task, params=row.params)
-            done = in_process(run_case, fresh, self.limits, onnx=exported or "onnx" in row.outcomes)
-            self._keep(done)
-            counts[done.status] += 1
-            counts["with a failed check"] += done.status == CONVERTED and bool(done.failures())
-            bar.console.print(f"{done.library}:{done.name} {done.status} {done.seconds:.1f} s {done.failures() or ''}")
-        bar.console.print(dict(counts))
-
-    def _is_left(self, row: Row, onnx: Onnx, retry: bool) -> bool:
-        return row.status == LISTED or (retry and bool(row.failures())) or self._wants_onnx(row, onnx)
-
-    def _wants_onnx(self, row: Row, onnx: Onnx) -> bool:
-        if onnx == Onnx.none or "onnx" in row.outcomes or row.status not in (LISTED, CONVERTED):
-            return False
-        family = [other for other in self.rows.values() if (other.library, other.family) == (row.library, row.family)]
-        return onnx == Onnx.all or not any("onnx" in other.outcomes for other in family)
-
-    def _keep(self, row: Row) -> None:
-        self.rows[row.key] = row
-        append_row(self.file, row, self.made)
-
-
-def _shown(rows: list[Row], bar: Progress, what: str) -> Iterator[Row]:
-    """The rows, one after the other, with a bar that says how far they are."""
-    shown = bar.add_task(what, total=len(rows))
-    for row in rows:
-        bar.update(shown, description=f"{what} {row.library}:{row.name}", refresh=True)
-        yield row
-        bar.advance(shown)
 
 
 def maker() -> dict[str, str]:

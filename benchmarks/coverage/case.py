@@ -7,7 +7,8 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -37,14 +38,14 @@ def survey(row: Row, report: Report) -> None:
     report(row)
 
 
-def run_case(row: Row, report: Report, *, onnx: bool = False, values_below: float = 150e6) -> None:
+def run_case(row: Row, report: Report, *, checks: Iterable[str], values_below: float = 150e6) -> None:
     """Do everything with one model.
 
     Args:
         row: Names the model; filled in on the way.
         report: Called with the row before every stage, so that something is known if the process ends there, and at
             the end, when the stage is empty.
-        onnx: Whether to export it too.
+        checks: Names of the checks to run.
         values_below: A model with more parameters is built without values, on the meta device.
     """
     began = time.perf_counter()
@@ -67,10 +68,9 @@ def run_case(row: Row, report: Report, *, onnx: bool = False, values_below: floa
             row.status = REFUSED
     else:
         row.status = CONVERTED
-        for name, check in CHECKS.items():
-            if onnx or name != "onnx":
-                enter(name)
-                row.outcomes[name] = check.outcome(case)
+        for name in checks:
+            enter(name)
+            row.outcomes[name] = CHECKS[name].outcome(case)
     enter("")
 
 
@@ -98,12 +98,10 @@ def _converted(row: Row, values_below: float, enter: Callable[[str], None]) -> C
 def _model_that_runs(row: Row, values_below: float) -> tuple[nn.Module, Inputs]:
     """The model with small inputs; a large one without values, unless it runs with values only."""
     if row.params > values_below:
-        try:
+        with suppress(Exception):  # its forward may make tensors on the CPU
             model = build_on_meta(row).to("meta")
             inputs, row.values = small_inputs(row, model), False
             return model, inputs
-        except Exception:  # its forward makes tensors on the CPU
-            row.values = True
     model = build(row)
     return model, small_inputs(row, model)
 
@@ -121,11 +119,6 @@ def _facts_without_plan(row: Row, model: nn.Module, example: Any) -> None:
 
 
 def reason_class(reason: str) -> str:
-    """A reason why a site is kept, without what differs from site to site.
-
-    Example:
-        >>> reason_class("too small to pay: 1,728 parameters would become 1,800")
-        'too small to pay'
-    """
+    """A reason why a site is kept, without what differs from site to site: "too small to pay", and not by how much."""
     short = re.sub(r" (is shared with|is used) .*", r" \1 …", reason.partition(":")[0])
     return re.sub(r"\d[\d,.]*", "N", short)
