@@ -32,7 +32,7 @@ from benchmarks.coverage.rows import (  # fmt: skip
 MADE = {"versions": "1", "hardware": "this", "date": "today"}
 
 
-def row(name="net", family="family", **known):
+def row(name="net", family="nets", **known):
     return Row("timm", name, family, "classification", **known)
 
 
@@ -235,10 +235,10 @@ def test_the_page_tells_of_every_row():
     assert cells(text, "Failures", "counts") == ["1", "net", "1 ¦ 2"]
     assert cells(text, "Checks that were not run", "exact") == ["1", "net", "no values (meta)"]
     assert cells(text, "Refused", "1") == ["int", "plan: TraceError: quantised"]
-    assert cells(text, "Nothing pays", "timm") == ["family", "1", "depthwise (3); first layer (1)"]
-    assert "* timm, 1 models: family (1)" in text
+    assert cells(text, "Nothing pays", "timm") == ["nets", "1", "depthwise (3); first layer (1)"]
+    assert "* timm, 1 models: nets (1)" in text
     assert "timm:late" in text
-    assert cells(text, "timm by family", "family") == ["5", "4", "1", "0", "1", "0", "2.00×", "1.25×"]
+    assert cells(text, "timm by family", "nets") == ["5", "4", "1", "0", "1", "0", "2.00×", "1.25×"]
     assert cells(text, "torchvision by model", "wide")[6:9] == ["3.00×", "1.00×", "···········"]
 
 
