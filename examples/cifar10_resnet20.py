@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--data", default=SHARED / "cifar10", help="folder of train-*.parquet and test-*.parquet")
     parser.add_argument("--weights", default=SHARED / "weights" / "cifar10_resnet20.safetensors")
     parser.add_argument("--ratio", type=float, default=2)
-    parser.add_argument("--initialiser", default="sequential", help="random, first, weights, least-squares, sequential")
+    parser.add_argument("--initialiser", default="alternating", help="or any other of ghostify's")
     parser.add_argument("--images", type=int, default=1024, help="unlabelled training images to start from")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate")

@@ -50,23 +50,23 @@ def fit_unit(
     window = Window.depthwise(unit.spec.dw_size, unit.dims)
     layout = choose_layout(explained_share(targets, pixels, window, norm), unit.spec, unit.groups)
     unit.take_channels(conv, layout, norm)
-    centred = _running_mean(norm) is not None or conv.bias is not None
+    centred = running_mean(norm) is not None or conv.bias is not None
     if refit_primary:
         _solve_primary(unit, conv, inputs, targets, centred=centred, generator=generator)
     if unit.spec.placement == "linear":
-        _solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
+        solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
         _shift_mean(norm, targets, (unit(x) for x in inputs))
         return
     rows = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)].to(targets[0].device)
     _shift_mean(unit.primary_norm, [y[:, rows] for y in targets], (unit.primary_conv(x) for x in inputs))
     if unit.spec.fusion == "concat":
-        _solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
+        solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
         ghosts = layout[unit.intrinsic_channels :].to(targets[0].device)
         _shift_mean(unit.cheap_norm, [y[:, ghosts] for y in targets], _cheap_maps(unit, inputs))
     else:
         # The branches meet after their norms, so what they make together is the normed map.
         normed = targets if norm is None else [norm(y) for y in targets]
-        bias = _solve_cheap(unit, inputs, normed, centred=True, generator=generator)
+        bias = solve_cheap(unit, inputs, normed, centred=True, generator=generator)
         _let_pass(unit.cheap_norm, _cheap_maps(unit, inputs), bias)
 
 
@@ -119,7 +119,7 @@ def _solve_primary(
 ) -> None:
     """Solve the primary's filters on the inputs, near to the old ones where the data say little."""
     window, groups = Window.of(conv), conv.groups
-    if not _is_plain(conv, window, inputs[0]):
+    if not is_plain(conv, inputs[0]):
         return
     rows_wanted = _CHOICE_ROWS + _PRIMARY_ROWS_PER_UNKNOWN * conv.weight[0].numel()
     channels = unit.layout()[intrinsic_positions(unit.spec, unit.out_channels, groups)].to(inputs[0].device)
@@ -129,7 +129,7 @@ def _solve_primary(
             chosen = sample_pixels(target, _share(targets, rows_wanted), generator)
             for part in in_parts(chosen, x.shape[0] * conv.weight[0].numel() * groups):
                 seen, wanted = window.patches(x, part), at_pixels(target, part)[:, channels]
-                yield _by_group(seen, groups), _by_group(wanted, groups)
+                yield by_group(seen, groups), by_group(wanted, groups)
 
     moments = Moments.of(pairs())
     gram, cross = moments.centred() if centred else moments.plain()
@@ -144,7 +144,7 @@ def _solve_primary(
             primary.bias.copy_(((moments.sum_y - predicted) / moments.rows).flatten())
 
 
-def _solve_cheap(
+def solve_cheap(
     unit: GhostConv, inputs: list[Tensor], targets: list[Tensor], *, centred: bool, generator: torch.Generator
 ) -> Tensor:
     """Solve every depthwise kernel on the primary map that it reads.
@@ -199,7 +199,7 @@ def _cheap_maps(unit: GhostConv, inputs: list[Tensor]) -> Iterator[Tensor]:
 @torch.no_grad()
 def _shift_mean(norm: nn.Module | None, targets: list[Tensor], made: Iterable[Tensor]) -> None:
     """Let a norm absorb the mean error that a fit leaves over."""
-    mean = _running_mean(norm)
+    mean = running_mean(norm)
     if mean is not None:
         mean -= (_moments_of(targets)[0] - _moments_of(made)[0]).to(mean)
 
@@ -216,7 +216,8 @@ def _let_pass(norm: nn.Module | None, maps: Iterable[Tensor], bias: Tensor) -> N
             norm.bias.copy_(mean + bias)
 
 
-def _running_mean(norm: nn.Module | None) -> Tensor | None:
+def running_mean(norm: nn.Module | None) -> Tensor | None:
+    """The mean that a norm takes off in evaluation mode, ``(n,)``, if it keeps one."""
     mean = getattr(norm, "running_mean", None)
     return mean if isinstance(mean, Tensor) else None
 
@@ -234,10 +235,11 @@ def _moments_of(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, (square / count - mean.square()).clamp_min(0)
 
 
-def _is_plain(conv: _ConvNd, window: Window, x: Tensor) -> bool:
+def is_plain(conv: _ConvNd, x: Tensor) -> bool:
     """Whether the module computes a convolution with its weight and nothing more (checked on real input)."""
     if conv.transposed:
         return False
+    window = Window.of(conv)
     some = x[:1]
     made = conv(some)
     size = window.size_after(tuple(some.shape[2:]))
@@ -245,7 +247,7 @@ def _is_plain(conv: _ConvNd, window: Window, x: Tensor) -> bool:
         return False
     total = math.prod(size)
     pixels = torch.arange(0, total, max(1, total // 64), device=x.device)
-    patches = _by_group(window.patches(some, pixels), conv.groups)
+    patches = by_group(window.patches(some, pixels), conv.groups)
     weight = conv.weight.detach().reshape(conv.groups, -1, patches.shape[-1])
     expected = (patches @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
     if conv.bias is not None:
@@ -254,9 +256,14 @@ def _is_plain(conv: _ConvNd, window: Window, x: Tensor) -> bool:
     return torch.allclose(expected, actual, rtol=1e-3, atol=1e-3 * float(actual.abs().max()))
 
 
-def _by_group(samples: Tensor, groups: int) -> Tensor:
+def by_group(samples: Tensor, groups: int) -> Tensor:
     """``(rows, groups·c, …)`` as ``(groups, rows, c·…)``."""
     return samples.reshape(samples.shape[0], groups, -1).transpose(0, 1)
+
+
+def channel_view(numbers: Tensor, dims: int) -> Tensor:
+    """Numbers of channels ``(n,)`` as ``(1, n, 1, …)``, to go with maps of so many sides."""
+    return numbers.view(1, -1, *(1 for _ in range(dims)))
 
 
 def _share(targets: list[Tensor], rows: int) -> float:

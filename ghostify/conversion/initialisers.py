@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.fitting import channel_weight, fit_unit, norm_scale
+from ghostify.conversion.refinement import refine_unit
 from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels, white_explained
 from ghostify.errors import InputsError
@@ -127,14 +128,24 @@ def sequential(conversion: Conversion) -> None:
         _fit(conversion, visit, refit_primary=True)
 
 
+def alternating(conversion: Conversion) -> None:
+    """As ``sequential``; then primary and cheap kernels of each layer in turn, for what the activation lets through.
+
+    See [refinement][ghostify.conversion.refinement].
+    """
+    for visit in _visits(conversion, student=conversion.student):
+        _fit(conversion, visit, refit_primary=True, refine=True)
+
+
 INITIALISERS: dict[str, Initialiser] = {
     "random": random,
     "first": first,
     "weights": weights,
     "least-squares": least_squares,
     "sequential": sequential,
+    "alternating": alternating,
 }
-NEED_CALIBRATION = frozenset({"least-squares", "sequential"})
+NEED_CALIBRATION = frozenset({"least-squares", "sequential", "alternating"})
 
 
 def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
@@ -166,28 +177,26 @@ def _within_memory(chunks: list[Example], plan: Plan) -> list[Example]:
     return kept
 
 
-def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> None:
+def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool, refine: bool = False) -> None:
     decision = visit.decision
     norm = conversion.norm(decision)
     targets = visit.targets
-    if visit.drift is not None:
+    if visit.tail.drift is not None:
         factor = _through_norm(norm, decision.site.out_channels).to(targets[0])
         factor = factor.view(-1, *(1 for _ in decision.site.kernel_size))
-        targets = [y + d * factor for y, d in zip(targets, visit.drift, strict=True)]
+        targets = [y + d * factor for y, d in zip(targets, visit.tail.drift, strict=True)]
     if not all(bool(torch.isfinite(maps).all()) for maps in (*visit.inputs, *targets)):
         raise InputsError(
             f"site={decision.site.name!r}: on the calibration inputs, its maps hold NaN or infinite numbers. "
             "Check how the inputs are normalised, and whether the model's precision is enough for them."
         )
-    fit_unit(
-        conversion.unit(decision),
-        conversion.original(decision),
-        norm,
-        inputs=[_batched(x, decision) for x in visit.inputs],
-        targets=[_batched(y, decision) for y in targets],
-        refit_primary=refit_primary,
-        generator=torch.Generator().manual_seed(conversion.seed),
-    )
+    unit, conv = conversion.unit(decision), conversion.original(decision)
+    inputs = [_batched(x, decision) for x in visit.inputs]
+    targets = [_batched(y, decision) for y in targets]
+    generator = torch.Generator().manual_seed(conversion.seed)
+    fit_unit(unit, conv, norm, inputs=inputs, targets=targets, refit_primary=refit_primary, generator=generator)
+    if refine:
+        refine_unit(unit, conv, norm, visit.tail, inputs=inputs, targets=targets, generator=generator)
 
 
 def _batched(maps: Tensor, decision: Decision) -> Tensor:

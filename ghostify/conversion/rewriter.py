@@ -87,8 +87,9 @@ def apply(
         calibration: A few hundred inputs from the training data, no labels needed: a tensor
             ``(n, c, h, w)``, or any iterable of batches or of ``(input, target)`` pairs.
         initialiser: A name out of ``random``, ``first``, ``weights``, ``least-squares``,
-            ``sequential``, or a function of a [Conversion][ghostify.conversion.Conversion]. By
-            default ``sequential`` with calibration, ``weights`` without.
+            ``sequential``, ``alternating``, or a function of a
+            [Conversion][ghostify.conversion.Conversion]. By default ``alternating`` with
+            calibration, ``weights`` without.
         example_inputs: One batch to verify the result on; by default a calibration batch, or
             random numbers of the shapes for which the plan was made.
         seed: Seed of everything that is random.
@@ -282,7 +283,7 @@ def _chosen_initialiser(
     chosen: str | Initialiser | None, calibration: Calibration | None, model: nn.Module
 ) -> Initialiser:
     if chosen is None:
-        chosen = "first" if on_meta(model) else "weights" if calibration is None else "sequential"
+        chosen = "first" if on_meta(model) else "weights" if calibration is None else "alternating"
     if callable(chosen):
         return chosen
     if chosen not in INITIALISERS:

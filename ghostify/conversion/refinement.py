@@ -1,0 +1,253 @@
+"""Refining a fitted Ghost unit: primary and cheap kernels in turn, and only for what the activation lets through.
+
+A first fit ([fit_unit][ghostify.conversion.fitting.fit_unit]) solves the primary for the intrinsic
+channels alone, and takes pains over values that the activation cuts off anyway. Here both are
+solved in turn for all channels (alternating least squares). Where the teacher's value is cut off
+and the student's too, the student's own is the target: such targets only ever lower the error
+behind the activation (a majorisation of it, as the auxiliary variable of Zhang et al. 2015 is,
+arXiv 1505.06798, §2.3).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
+
+from ghostify.conversion.fitting import by_group, channel_view, is_plain, norm_scale, running_mean, solve_cheap
+from ghostify.conversion.statistics import Window, sample_pixels
+from ghostify.conversion.walk import Tail
+from ghostify.nn.ghost import GhostConv
+
+_ROUNDS = 4
+# Steps of conjugate gradients a round; they start from, and are preconditioned by, the layer's own second moments.
+_STEPS = 3
+# Share of the mean diagonal of the Gram matrix that holds the primary to what it was; see docs/decisions.md.
+_RIDGE = 3e-3
+# Samples: pixels, some for every unknown of a filter, and images enough to differ from each other.
+_PIXELS, _PIXELS_PER_UNKNOWN, _FEWEST_IMAGES = 40_000, 16, 128
+# Numbers in the largest tensor of a part: 128 MB.
+_LARGEST_PART = 32_000_000
+# Below this share of the mean a channel's weight does not fall, though its norm mutes it.
+_LEAST_WEIGHT = 1e-3
+
+
+@dataclass
+class _Site:
+    """A unit amid samples of its inputs, and its norm as a map: ``normed = scale · (output + offset) + shift``.
+
+    Attributes:
+        unit: The unit.
+        inputs: Parts of the sampled inputs.
+        targets: The teacher's outputs for them.
+        tail: What follows, with the sampled addends.
+        scale: Of the norm, ``(1, n, …)``.
+        shift: Of the teacher's norm.
+        offset: What the student's norm adds to the unit's output beside it.
+        weight: How much each channel counts behind the norm, ``(n,)``.
+    """
+
+    unit: GhostConv
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    tail: Tail
+    scale: Tensor
+    shift: Tensor
+    offset: Tensor
+    weight: Tensor
+
+    def goals(self) -> list[Tensor]:
+        """What the unit should make, original channel order: the targets, but for what is cut off in both."""
+        found = []
+        for index, (x, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
+            after = self.shift if self.tail.addend is None else self.shift + self.tail.addend[index]
+            wanted = self.scale * target + after
+            made = self.scale * (self.unit(x) + self.offset) + after
+            cut = torch.where(wanted <= self.tail.low, made.clamp_max(self.tail.low), wanted)
+            cut = torch.where(wanted >= self.tail.high, made.clamp_min(self.tail.high), cut)
+            muted = self.scale.abs() < 1e-6
+            change = (cut - wanted) / torch.where(muted, 1, self.scale)
+            found.append(target + torch.where(muted, 0, change) - self.offset)
+        return found
+
+    def left_over(self, goals: list[Tensor]) -> list[Tensor]:
+        """What the unit does not reach of its goals."""
+        return [goal - self.unit(x) for goal, x in zip(goals, self.inputs, strict=True)]
+
+
+def refine_unit(
+    unit: GhostConv,
+    conv: _ConvNd,
+    norm: nn.Module | None,
+    tail: Tail,
+    *,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    generator: torch.Generator,
+) -> None:
+    """Improve a fitted unit of placement ``linear`` and fusion ``concat`` in single precision; others stay.
+
+    Args:
+        unit: The unit; changed in place, and so is the mean of ``norm``.
+        conv: The original convolution.
+        norm: The student's batch norm that alone reads the unit's output, if there is one.
+        tail: What follows the layer.
+        inputs: What the unit will get, each ``(b, c, …)``.
+        targets: What it should make of it, each ``(b, n, …)``, original channel order.
+        generator: Picks the images and pixels that are sampled.
+    """
+    plain = unit.spec.placement == "linear" and unit.spec.fusion == "concat" and conv.weight.dtype == torch.float32
+    if not plain or unit.cheap_operation is None or not is_plain(conv, inputs[0]):
+        return
+    site = _sampled(unit, conv, norm, tail, inputs, targets, generator)
+    mean = running_mean(norm)
+    factors = _cholesky(conv, site.inputs, generator)
+    for _ in range(_ROUNDS):
+        goals = site.goals()
+        primary = unit.primary_conv
+        assert isinstance(primary, _ConvNd)  # a copy of a plain one
+        with torch.no_grad():
+            primary.weight += _step(site, site.left_over(goals), factors)
+            if mean is None and primary.bias is not None:
+                rows = unit.layout()[: unit.intrinsic_channels].to(primary.bias.device)
+                primary.bias += _mean(site.left_over(goals))[rows]
+        solve_cheap(unit, site.inputs, goals, centred=mean is not None or conv.bias is not None, generator=generator)
+        if mean is not None:
+            site.offset = site.offset + channel_view(_mean(site.left_over(goals)), unit.dims)
+    if mean is not None:
+        teachers = running_mean(tail.norm)
+        assert teachers is not None  # the student's norm is a copy of it
+        with torch.no_grad():
+            mean.copy_(teachers - site.offset.flatten())
+
+
+def _sampled(
+    unit: GhostConv,
+    conv: _ConvNd,
+    norm: nn.Module | None,
+    tail: Tail,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    generator: torch.Generator,
+) -> _Site:
+    size = math.prod(targets[0].shape[2:])
+    total = sum(len(x) for x in inputs)
+    pixels = _PIXELS + _PIXELS_PER_UNKNOWN * conv.weight[0].numel()
+    count = min(total, max(_FEWEST_IMAGES, math.ceil(pixels / size)))
+    images = torch.randperm(total, generator=generator)[:count].sort().values
+    part = max(1, _LARGEST_PART // max(inputs[0][0].numel(), targets[0][0].numel()))
+
+    def sampled(chunks: list[Tensor]) -> list[Tensor]:
+        starts = torch.tensor([0, *(len(chunk) for chunk in chunks)]).cumsum(0).tolist()
+        some = [
+            chunk[(images[(images >= start) & (images < stop)] - start).to(chunk.device)]
+            for chunk, start, stop in zip(chunks, starts, starts[1:])
+        ]
+        return list(torch.split(torch.cat(some), part))
+
+    scale = norm_scale(tail.norm, unit.out_channels).to(targets[0])
+    bias = getattr(tail.norm, "bias", None)
+    mean, teachers = running_mean(norm), running_mean(tail.norm)
+    shift = bias.detach().to(scale) if isinstance(bias, Tensor) else torch.zeros_like(scale)
+    shift = shift - scale * teachers.to(scale) if teachers is not None else shift
+    offset = (teachers - mean).to(scale) if mean is not None and teachers is not None else torch.zeros_like(scale)
+    weight = scale.square() / scale.square().mean().clamp_min(1e-12) + _LEAST_WEIGHT
+    return _Site(
+        unit,
+        inputs=sampled(inputs),
+        targets=sampled(targets),
+        tail=replace(tail, addend=None if tail.addend is None else sampled(tail.addend)),
+        scale=channel_view(scale, unit.dims),
+        shift=channel_view(shift, unit.dims),
+        offset=channel_view(offset, unit.dims),
+        weight=weight,
+    )
+
+
+def _mean(maps: list[Tensor]) -> Tensor:
+    """Mean of every channel, ``(n,)``."""
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in maps], 1).mean(1)
+
+
+def _cholesky(conv: _ConvNd, inputs: list[Tensor], generator: torch.Generator) -> tuple[Tensor, float]:
+    """The second moments of what a filter sees, damped, as Cholesky factors ``(groups, p, p)``; and the damping."""
+    window = Window.of(conv)
+    total: Tensor | None = None
+    rows = 0
+    wanted = _PIXELS + _PIXELS_PER_UNKNOWN * conv.weight[0].numel()
+    share = wanted / sum(len(x) * math.prod(window.size_after(tuple(x.shape[2:]))) for x in inputs)
+    for x in inputs:
+        size = window.size_after(tuple(x.shape[2:]))
+        pixels = sample_pixels(x.new_empty(1, 1, *size), share, generator)
+        seen = by_group(window.patches(x, pixels), conv.groups).float()
+        gram = (seen.transpose(1, 2) @ seen).double()
+        total = gram if total is None else total + gram
+        rows += seen.shape[1]
+    assert total is not None  # there is at least one part
+    total /= rows
+    damping = _RIDGE * float(total.diagonal(dim1=1, dim2=2).mean())
+    damped = total + max(damping, 1e-12) * torch.eye(total.shape[1], dtype=total.dtype, device=total.device)
+    return torch.linalg.cholesky(damped), damping
+
+
+def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float]) -> Tensor:
+    """The change of the primary's weight that best makes up for what is left over, by conjugate gradients.
+
+    Every filter is a problem of its own (its own map and its ghosts'), so all are solved at a time,
+    each with its own steps.
+    """
+    unit, (factor, damping) = site.unit, factors
+    primary, cheap = copy.deepcopy(unit.primary_conv), copy.deepcopy(unit.cheap_operation)
+    assert isinstance(primary, _ConvNd)
+    assert cheap is not None  # the caller has looked
+    for module in (primary, *cheap.children()):
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # a convolution's
+    order = unit.layout().to(left[0].device)
+    weight = site.weight[order]
+    m, shape = unit.intrinsic_channels, primary.weight.shape
+    weighted = [part[:, order] * channel_view(weight, unit.dims) for part in left]
+    pixels = sum(part.numel() // part.shape[1] for part in left)
+    kernels = cheap.kernels().flatten(1).square().sum(1)
+    share = weight[:m].index_add(0, unit.parents().to(weight.device), weight[m:] * kernels)
+
+    def back(parts: list[Tensor] | None, direction: Tensor) -> Tensor:
+        """The gradient of the maps' products with ``parts``, or with what ``direction`` itself makes."""
+        total = torch.zeros_like(direction)
+        for index, x in enumerate(site.inputs):
+            with torch.enable_grad():
+                variable = direction.detach().requires_grad_()
+                own = functional_call(primary, {"weight": variable}, (x,))
+                maps = torch.cat([own, cheap(own)], 1)
+            wanted = maps.detach() * channel_view(weight, unit.dims) if parts is None else parts[index]
+            total += torch.autograd.grad(maps, variable, wanted)[0]
+        return total / pixels
+
+    def by_filter(numbers: Tensor) -> Tensor:
+        return numbers.view(-1, *(1 for _ in shape[1:]))
+
+    def preconditioned(gradient: Tensor) -> Tensor:
+        grouped = gradient.double().reshape(len(factor), -1, factor.shape[-1]).transpose(1, 2)
+        solved = torch.cholesky_solve(grouped, factor).transpose(1, 2).reshape(shape)
+        return solved.to(gradient.dtype) / by_filter(share)
+
+    def inner(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).flatten(1).sum(1)
+
+    change = torch.zeros_like(primary.weight)
+    residual = back(weighted, change)
+    search = towards = preconditioned(residual)
+    product = inner(residual, towards)
+    for _ in range(_STEPS):
+        image = back(None, search) + damping * by_filter(share) * search
+        length = by_filter(product / inner(search, image).clamp_min(1e-20))
+        change, residual = change + length * search, residual - length * image
+        towards = preconditioned(residual)
+        before, product = product, inner(residual, towards)
+        search = towards + by_filter(product / before.clamp_min(1e-20)) * search
+    return change
