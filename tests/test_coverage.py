@@ -4,8 +4,11 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -14,7 +17,8 @@ from torch import nn
 
 from benchmarks.coverage import sweep
 from benchmarks.coverage.case import reason_class, run_case
-from benchmarks.coverage.models import convolutions, import_torchvision
+from benchmarks.coverage.checks import CHECKS
+from benchmarks.coverage.models import convolutions, import_torchvision, listed
 from benchmarks.coverage.page import cause_class, page
 from benchmarks.coverage.processes import Limits, in_process
 from benchmarks.coverage.rows import (  # fmt: skip
@@ -22,6 +26,7 @@ from benchmarks.coverage.rows import (  # fmt: skip
     FAILED,
     NO_CONVOLUTION,
     NOTHING_PAYS,
+    OK,
     REFUSED,
     Row,
     append_row,
@@ -29,6 +34,7 @@ from benchmarks.coverage.rows import (  # fmt: skip
     read_rows,
 )
 
+REPOSITORY = Path(__file__).parents[1]
 MADE = {"versions": "1", "hardware": "this", "date": "today"}
 
 
@@ -266,3 +272,58 @@ def libraries(monkeypatch):
     for home in (torchvision.ops, torchvision.ops.boxes):
         monkeypatch.setattr(home, "nms", home.nms)
     return torchvision
+
+
+def converted_and_checked(library, name):
+    """Everything that the sweep does with one model, but for ONNX."""
+    (found,) = [row for row in listed(library) if row.name == name]
+    run_case(found, lambda row: None, checks=[check for check in CHECKS if check != "onnx"])
+    assert (found.status, found.cause) == (CONVERTED, "")
+    assert found.replaced > 0
+    assert not {check: told for check, told in found.outcomes.items() if told not in (OK, "not run: no values (meta)")}
+
+
+# The smallest model of every family of timm; those that take longer are slow tests.
+FAMILIES = """
+cs3darknet_focus_s cspnext_tiny dla46x_c dpn48b edgenext_xx_small efficientvit_b0 ese_vovnet19b_slim_dw fastvit_t8
+hgnetv2_b0 inception_next_atto lcnetv2_small legacy_seresnet18 mobilenetv3_small_050 mobilevit_xxs poolformerv2_s12
+pvt_v2_b0 regnetx_002 repghostnet_050 resnest14d resnetv2_18 shvit_s1 skresnet18 starnet_s050 test_byobnet
+test_coatnet test_convnext test_efficientnet test_mambaout test_nfnet test_resnet vit_tiny_r_s16_p8_224
+""".split()  # noqa: SIM905 - a list of words
+LARGER_FAMILIES = """
+coat_tiny convmixer_768_32 cpubone_nano crossvit_9_dagger_240 csatv2 davit_tiny densenet121 efficientformer_l1
+efficientformerv2_s0 efficientvim_m1 efficientvit_m0 fasternet_t0 focalnet_tiny_srf gcvit_xxtiny ghostnet_050
+halonet_h1 hardcorenas_b hrnet_w18_small iformer_t inception_resnet_v2 inception_v3 inception_v4 legacy_xception
+levit_128s lowformer_b0 mobilenetv5_base nasnetalarge nest_tiny nextvit_small pnasnet5large rdnet_tiny repvit_m1
+res2next50 rexnet_100 samvit_base_patch16 selecsls42 sequencer2d_s swiftformer_xs tiny_vit_5m_224 tresnet_m
+twins_svt_small vgg11 visformer_tiny vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
+""".split()  # noqa: SIM905 - a list of words
+TORCHVISION = ["squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "lraspp_mobilenet_v3_large", "raft_small", "r3d_18"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_small_model_of_a_family_of_timm(libraries, name):
+    converted_and_checked("timm", name)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_a_small_model_of_a_task_of_torchvision(libraries, name):
+    converted_and_checked("torchvision", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER_FAMILIES)
+def test_a_larger_model_of_a_family_of_timm(libraries, name):
+    converted_and_checked("timm", name)
+
+
+@pytest.mark.slow
+def test_every_model_of_torchvision(libraries, tmp_path):
+    """Converted, or nothing to convert; the checks are in docs/coverage.md."""
+    rows = tmp_path / "rows.jsonl"
+    report = ["--page", str(tmp_path / "page.md"), "--json", str(tmp_path / "page.json")]
+    command = [sys.executable, "-m", "benchmarks.coverage", "--library", "torchvision", "--seconds", "300"]
+    subprocess.run([*command, "--rows", str(rows), *report], cwd=REPOSITORY, check=True)
+    found = json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))["rows"]
+    assert len(found) > 100
+    assert {row["status"] for row in found} == {CONVERTED, NOTHING_PAYS, NO_CONVOLUTION}

@@ -1,5 +1,6 @@
 """How ghostify does on every model of torchvision, and of timm that holds a convolution.
 
+    python -m benchmarks.coverage --seconds 300 --onnx family    # all of it, as docs/coverage.md was made
     python -m benchmarks.coverage --library torchvision --onnx all
     python -m benchmarks.coverage --only 'resnet*' --only convnext_atto
     python -m benchmarks.coverage --report-only
@@ -37,6 +38,7 @@ from ghostify._torchvision import import_torchvision
 from ghostify.files import atomic_file
 
 ROOT = Path(__file__).parents[2]
+COMMAND = "`python -m benchmarks.coverage --seconds 300 --onnx family`"
 
 
 class Library(StrEnum):
@@ -74,7 +76,7 @@ def write_report(file: Path, page_file: Path, json_file: Path) -> None:
     """The page and the JSON file from the rows."""
     known = read_rows(file)
     rows = [row for _, (row, _) in sorted(known.items())]
-    facts = {"command": "`python -m benchmarks.coverage`"}
+    facts = {"command": COMMAND}
     for name in ("versions", "hardware", "date"):
         facts[name] = "; ".join(sorted({made[name] for row, made in known.values() if row.status != LISTED}))
     for path, text in ((page_file, page(rows, facts)), (json_file, document(rows, facts))):
