@@ -92,7 +92,7 @@ def _converted(row: Row, values_below: float, enter: Callable[[str], None]) -> C
     row.kept = dict(Counter(reason_class(decision.reason) for decision in plan if not decision.replaced))
     enter("convert")
     small = ghostify.convert(model, ratio=2, example_inputs=example, initialiser="first")
-    return Case(row, model, inputs, state_before, plan, small)
+    return Case(row, model, inputs, state_before, plan, small, example)
 
 
 def _model_that_runs(row: Row, values_below: float) -> tuple[nn.Module, Inputs]:

@@ -32,7 +32,8 @@ Models of more than 150 million parameters are built without values, on torch's 
 that need values are not run for them. Parameters that are zero at the start are drawn at random, so that no branch
 hides behind a zero. torchvision's compiled operators may not fit the build of torch: then `nms` is replaced by one in
 plain torch, and `roi_align` runs in torchvision's own Python version. Detectors with regions of interest look at their
-20 best proposals of each level, without suppression, so that their MACs do not depend on values."""
+20 best proposals of each level, without suppression. How many boxes go on to their heads still depends on values, so
+the MACs of a converted one can differ from its plan's, which were counted on the original's boxes."""
 
 
 def page(rows: Iterable[Row], facts: dict[str, str]) -> str:
