@@ -21,6 +21,7 @@ from ghostify.errors import OptionError, PlanError
 Fusion = Literal["concat", "add", "mul"]
 Placement = Literal["linear", "paper"]
 TraceWay = Literal["fx", "recorded"]
+ChannelOrder = Literal["", "folded", "index"]
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,9 @@ class Decision:
         params_after: Parameters of what replaces it.
         macs_before: Multiply-accumulates of all its calls, batch 1, no bias.
         macs_after: The same of what replaces it.
+        order: How a Ghost unit's channels get where they belong: ``folded`` into the layers that read
+            them, at no cost; or by an ``index`` at every run, where not all of these are known or several
+            Ghost units write the same channels. Empty where the site is kept.
     """
 
     site: Site
@@ -206,6 +210,7 @@ class Decision:
     params_after: int
     macs_before: int
     macs_after: int
+    order: ChannelOrder = ""
 
     __pydantic_config__ = STRICT
 
@@ -298,11 +303,12 @@ class Plan:
                 str(d.spec) if d.spec else "",
                 _arrow(d.params_before, d.params_after),
                 _arrow(d.macs_before, d.macs_after),
+                d.order,
                 d.reason,
             ]
             for d in self.decisions
         ]
-        headers = ["site", "shape", "decision", "ratio", "params", "MACs", "reason"]
+        headers = ["site", "shape", "decision", "ratio", "params", "MACs", "order", "reason"]
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
     def summary(self) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.calibration import Calibration, calibration_chunks, check_runs
+from ghostify.conversion.channel_order import fold_orders
 from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
 from ghostify.conversion.verification import verify
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError, TraceError
@@ -221,6 +222,8 @@ def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, 
                 if isinstance(norm, nn.Module):
                     norm.train(mode)
     verify(student, plan, facts)
+    with torch.inference_mode(False):
+        fold_orders(student, plan, facts)
     return student
 
 

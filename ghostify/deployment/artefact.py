@@ -25,7 +25,7 @@ from ghostify.deployment.manifest import (
 )
 from ghostify.errors import ArtefactError, GhostifyError, OutputError
 from ghostify.files import atomic_folder
-from ghostify.nn.ghost import GhostConv
+from ghostify.nn.ghost import ORDERS, GhostConv
 from ghostify.spec import Plan
 from ghostify.states import versioned
 from ghostify.tracing import count_params, fingerprint, is_site, unwrapped
@@ -308,10 +308,10 @@ def _check_orders(folder: Path, state: dict[str, Tensor], model: nn.Module) -> N
 
 
 def _orders(model: nn.Module) -> dict[str, int]:
-    """Name and length of the channel order that every Ghost unit may have."""
+    """Name and length of the channel orders that every Ghost unit may have."""
     named = model.named_modules(remove_duplicate=False)  # the state names a tensor under every alias of its module
     units = ((name, module) for name, module in named if isinstance(module, GhostConv))
-    return {f"{name}.channel_order" if name else "channel_order": unit.out_channels for name, unit in units}
+    return {f"{name}.{order}" if name else order: unit.out_channels for name, unit in units for order in ORDERS}
 
 
 def _class(model: nn.Module) -> str:

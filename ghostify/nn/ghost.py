@@ -21,6 +21,8 @@ from ghostify.spec import GhostSpec
 Size = int | tuple[int, ...]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
+# Buffers that a unit has only where its channels are not in the original's order.
+ORDERS = ("channel_order", "output_channels")
 # By the number of spatial dimensions.
 _NORMS: dict[int, Callable[..., _BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -42,6 +44,7 @@ class GhostConv(nn.Module):
     cheap_norm: nn.Module | None
     activation: nn.Module | None
     channel_order: Tensor | None
+    output_channels: Tensor | None
 
     def __init__(
         self,
@@ -150,6 +153,7 @@ class GhostConv(nn.Module):
         )
         self.primary_norm = self.cheap_norm = self.activation = None
         self.register_buffer("channel_order", None)
+        self.register_buffer("output_channels", None)
         if spec.fusion == "mul" and self.cheap_operation is not None:
             kernels = self.cheap_operation.kernels()
             self.cheap_operation.assign(torch.zeros_like(kernels), kernels.new_ones(len(kernels)))
@@ -172,20 +176,35 @@ class GhostConv(nn.Module):
         return self.spec.intrinsic_channels(self.out_channels, self.groups)
 
     def set_order(self, layout: Tensor) -> None:
-        """Say which original channel stands at every position of the unit's own layout.
+        """Say which original channel stands at every position of the unit's own layout; the outputs are put in order.
 
         Args:
             layout: A permutation ``(n,)``; the identity needs no index when the unit runs.
         """
-        order = torch.argsort(layout)
-        identity = torch.equal(order, torch.arange(len(order), device=order.device))
-        self.channel_order = None if identity else order.to(next(self.parameters()).device)
+        self._keep_orders(torch.argsort(layout), torch.arange(len(layout)))
 
     def layout(self) -> Tensor:
         """The original channel at every position of the unit's own layout, ``(n,)``."""
+        channels = torch.arange(self.out_channels)
+        outputs = channels if self.output_channels is None else self.output_channels.cpu()
         if self.channel_order is None:
-            return torch.arange(self.out_channels)
-        return torch.argsort(self.channel_order).cpu()
+            return outputs
+        return channels.index_copy(0, self.channel_order.cpu(), outputs)
+
+    def emit(self, channels: Tensor) -> None:
+        """Give the outputs in another order from now on; in the order of the own layout no index is needed.
+
+        Args:
+            channels: The original channel at every place of the output, a permutation ``(n,)``.
+        """
+        self._keep_orders(torch.argsort(self.layout())[channels], channels)
+
+    def _keep_orders(self, index: Tensor, channels: Tensor) -> None:
+        """Remember the index to apply, and which original channels come out then; nothing where all is as it was."""
+        device = next(self.parameters()).device
+        natural = torch.arange(self.out_channels)
+        self.channel_order = None if torch.equal(index.cpu(), natural) else index.to(device)
+        self.output_channels = None if torch.equal(channels.cpu(), natural) else channels.to(device)
 
     def parents(self) -> Tensor:
         """The primary channel that every map of the cheap operation reads, ``(n-m,)`` or ``(n,)``."""
@@ -193,7 +212,10 @@ class GhostConv(nn.Module):
         return parents[self.intrinsic_channels :] if self.spec.fusion == "concat" else parents
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(b, c, …)`` or ``(c, …)`` to ``(b, n, …)`` or ``(n, …)``, in the original's order."""
+        """Map ``(b, c, …)`` or ``(c, …)`` to ``(b, n, …)`` or ``(n, …)``.
+
+        Channels come in the original's order, or in that of ``output_channels`` where there is one.
+        """
         primary = self.primary(x)
         maps = primary if self.cheap_operation is None else self.fuse(primary, self.cheap(primary))
         return maps if self.channel_order is None else maps.index_select(self.channel_dim, self.channel_order)
@@ -234,14 +256,16 @@ class GhostConv(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A stored state of this unit has an order or has none, whatever the unit has now.
         if any(key.startswith(prefix) for key in state_dict):
-            stored = state_dict.get(f"{prefix}channel_order")
             device = next(self.parameters()).device
-            self.channel_order = None if stored is None else torch.empty_like(stored, device=device)
+            for name in ORDERS:
+                stored = state_dict.get(f"{prefix}{name}")
+                setattr(self, name, None if stored is None else torch.empty_like(stored, device=device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         order = "" if self.channel_order is None else ", reordered"
+        order += "" if self.output_channels is None else ", order folded"
         return f"{self.in_channels}, {self.out_channels}, {self.spec}{order}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,8 @@ from torch import nn
 from ghostify.errors import NothingToConvertError, OptionError, PatternError
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
 from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
-from ghostify.spec import Decision, GhostSpec, Plan, Site
-from ghostify.tracing import ExampleInputs, Trace, fingerprint, trace
+from ghostify.spec import ChannelOrder, Decision, GhostSpec, Plan, Site
+from ghostify.tracing import ExampleInputs, Streams, Trace, fingerprint, trace
 
 Override = float | GhostSpec | None
 
@@ -104,6 +105,7 @@ def plan_traced(
 
 
 def _decided(facts: Trace, default: GhostSpec, skip: list[str], overrides: Mapping[str, GhostSpec | None]) -> Plan:
+    decisions = [_decide(site, default, skip, overrides) for site in facts.sites]
     return Plan(
         model=type(facts.model).__name__,
         fingerprint=fingerprint(facts.model),
@@ -113,7 +115,7 @@ def _decided(facts: Trace, default: GhostSpec, skip: list[str], overrides: Mappi
         params=facts.params,
         macs=facts.count.macs,
         uncounted=facts.count.outside,
-        decisions=tuple(_decide(site, default, skip, overrides) for site in facts.sites),
+        decisions=with_orders(decisions, facts.streams),
         lifted=facts.lifted,
         arguments=facts.arguments,
     )
@@ -146,6 +148,27 @@ def _decide(site: Site, default: GhostSpec, skip: list[str], overrides: Mapping[
     if reason := saves_nothing(site, spec, macs):
         return keep(reason)
     return Decision(site, spec, remark, site.params, ghost_params(site, spec), macs, ghost_macs(site, spec))
+
+
+def with_orders(decisions: Sequence[Decision], streams: Streams) -> tuple[Decision, ...]:
+    """Say how the channels of every Ghost unit get where they belong; see [Decision][ghostify.spec.Decision].
+
+    One unit alone can give the channels of a stream its own order; it is folded if it makes more of
+    them than all other units together (those of a gate, say). Other makers follow, if their groups let them.
+    """
+    numbers = {made.site.name: sum(math.prod(call.output_shape) for call in made.site.calls) for made in decisions}
+    replaced = {made.site.name for made in decisions if made.replaced}
+    bound = {made.site.name for made in decisions if made.site.groups > 1}
+
+    def order(site: Site) -> ChannelOrder:
+        stream = streams.made_by.get(site.name)
+        if stream is None or stream in streams.fixed:
+            return "index"
+        others = [name for name in streams.makers(stream) if name != site.name]
+        by_others = sum(numbers[name] for name in others if name in replaced)
+        return "index" if by_others >= numbers[site.name] or bound & {*others} else "folded"
+
+    return tuple(replace(made, order=order(made.site)) if made.replaced else made for made in decisions)
 
 
 def _with_possible_placement(site: Site, spec: GhostSpec) -> tuple[GhostSpec, str]:

@@ -14,12 +14,14 @@ from ghostify.tracing.example import (
     unwrapped,
 )
 from ghostify.tracing.sites import fingerprint, is_site
+from ghostify.tracing.streams import Streams
 from ghostify.tracing.trace import Trace, lifted_as, trace
 
 __all__ = [
     "Example",
     "ExampleInputs",
     "MacCount",
+    "Streams",
     "Trace",
     "copier_memo",
     "count_macs",

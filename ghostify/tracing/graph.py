@@ -17,9 +17,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ghostify.spec import Chain
 from ghostify.tracing.example import unmarked
+from ghostify.tracing.sites import has_hooks
 
 # Activations that act on every number alone and have no parameters: they may be copied.
-_MODULES: tuple[type[nn.Module], ...] = (
+ACTIVATIONS: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU,
     nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Hardtanh,
 )  # fmt: skip
@@ -45,7 +46,7 @@ class _Tracer(fx.Tracer):
     """Keeps convolutions, batch norms and modules without children whole, as one node each, whatever their class."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        alone = isinstance(m, _ConvNd) or _is_batch_norm(m) or next(m.children(), None) is None
+        alone = isinstance(m, _ConvNd) or is_batch_norm(m) or next(m.children(), None) is None
         return alone or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -91,7 +92,7 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
     follower = only_user(node)
     if follower is not None and follower.op == "call_module":
         module = model.get_submodule(str(follower.target))
-        if _is_batch_norm(module):
+        if is_batch_norm(module):
             if calls[str(follower.target)] == 1:
                 norm = str(follower.target)
                 obstacle = _norm_obstacle(module)
@@ -119,7 +120,7 @@ def changes_its_input(node: fx.Node, model: nn.Module) -> bool:
     )
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
+def is_batch_norm(module: nn.Module) -> bool:
     """Whether it normalises every channel by running statistics, whatever else it does.
 
     So do torch's batch norms, frozen ones (torchvision's, timm's), and timm's ``BatchNormAct2d``.
@@ -132,7 +133,7 @@ def _norm_obstacle(norm: nn.Module) -> str:
     """Why a batch norm cannot be shared out to the two branches; empty if it can."""
     if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return f"its norm is a {type(norm).__name__}"
-    if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+    if has_hooks(norm):
         return "its norm carries hooks"
     return "" if getattr(norm, "affine", True) else "its norm has no scale and shift"
 
@@ -141,7 +142,7 @@ def _activation(node: fx.Node, model: nn.Module) -> tuple[str | None, str]:
     """Name the activation that ``node`` applies, and why it cannot be copied, if so."""
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
-        if isinstance(module, _MODULES):
+        if isinstance(module, ACTIVATIONS):
             return f"module:{node.target}", ""
         if isinstance(module, nn.PReLU | nn.RReLU) or "act" in type(module).__name__.lower():
             return None, f"its activation {type(module).__name__} cannot be copied"

@@ -79,7 +79,7 @@ def obstacle_to_replacing(name: str, module: _ConvNd, owners: dict[int, list[str
         return f"{type(module).__name__}: not a kind of torch.nn.Conv1d to 3d, transposed or not"
     if is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is computed anew at every call (parametrization)"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if has_hooks(module):
         return "it carries hooks that expect this very module"
     if next(module.children(), None) is not None:
         return "it has modules of its own inside"
@@ -88,6 +88,12 @@ def obstacle_to_replacing(name: str, module: _ConvNd, owners: dict[int, list[str
         if others:
             return f"its {what} is shared with {others[0] or 'the model itself'}"
     return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something looks on, or interferes, when a module is called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def is_separable(module: _ConvNd, call: Call) -> bool:

@@ -24,6 +24,7 @@ from ghostify.tracing.example import Example, ExampleInputs, difference, unwrapp
 from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
 from ghostify.tracing.lifting import lift_functions
 from ghostify.tracing.sites import is_separable, obstacle_to_replacing, own_facts, parameter_owners
+from ghostify.tracing.streams import Streams, find_streams
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Trace:
             is a ``torch.fx.GraphModule`` in which they are modules.
         unlifted: In this case the facts of the model as it is, if it holds convolutions that are modules.
         arguments: Names of the arguments of the model's forward that the example gives.
+        streams: Which layers share an order of channels; nothing is known of that without a graph.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Trace:
     lifted: tuple[str, ...] = ()
     unlifted: Trace | None = None
     arguments: tuple[str, ...] = ()
+    streams: Streams = field(default_factory=Streams)
 
     @property
     def way(self) -> TraceWay:
@@ -118,7 +121,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
         for name, module in convolutions.items()
     ]
     sites.sort(key=lambda site: (site.order < 0, site.order))
-    return Trace(model, example, outputs, tuple(sites), graph, note, count, arguments=arguments)
+    streams = Streams() if graph is None else find_streams(graph, model)
+    return Trace(model, example, outputs, tuple(sites), graph, note, count, arguments=arguments, streams=streams)
 
 
 def lifted_as(model: nn.Module, arguments: Collection[str]) -> tuple[nn.Module, tuple[str, ...]]:

@@ -37,7 +37,7 @@ def test_a_round_trip_keeps_outputs_state_and_plan(
 
 
 def test_the_example_really_has_reordered_channels(converted: nn.Module) -> None:
-    orders = [m.channel_order for m in converted.modules() if isinstance(m, GhostConv2d)]
+    orders = [m.output_channels for m in converted.modules() if isinstance(m, GhostConv2d)]
     assert len(orders) == 2
     assert any(order is not None for order in orders)
 

@@ -205,7 +205,7 @@ def test_an_order_that_is_no_permutation_is_refused(intact: Path, tmp_path: Path
     folder = Path(shutil.copytree(intact, tmp_path / "artefact"))
 
     def out_of_range(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if name.endswith("channel_order"))
+        name = next(name for name in tensors if name.endswith("output_channels"))
         tensors[name][0] = 10_000
 
     reweigh(folder, out_of_range, announce=True)

@@ -1,0 +1,169 @@
+"""The order of a Ghost unit's channels, folded into what follows: same outputs, no index."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ghostify
+from ghostify.conversion import channel_order
+from ghostify.errors import ConversionError, PlanMismatchError
+from ghostify.nn.cifar import resnet20
+
+
+def randomised(model):
+    """With norms that do something."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.normal_(tensor)
+    return model
+
+
+def indexed(plan):
+    """The same plan without folding."""
+    decisions = (dataclasses.replace(d, order="index" if d.replaced else "") for d in plan)
+    return dataclasses.replace(plan, decisions=tuple(decisions))
+
+
+class Bottlenecks(nn.Module):
+    """Two residual blocks with gates, as in an SE-ResNet; a flattened head of two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.blocks = nn.ModuleList(self.block() for _ in range(2))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 5))
+
+    @staticmethod
+    def block():
+        conv = {
+            "one": nn.Sequential(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU()),
+            "two": nn.Sequential(nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24)),
+            "down": nn.Conv2d(24, 12, 1),
+            "up": nn.Conv2d(12, 24, 1),
+            "three": nn.Sequential(nn.Conv2d(24, 16, 1, bias=False), nn.BatchNorm2d(16)),
+        }
+        return nn.ModuleDict(conv)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            y = F.relu(block["two"](block["one"](x)))
+            gate = torch.sigmoid(block["up"](F.relu(block["down"](y.mean((2, 3), keepdim=True)))))
+            x = F.relu(x + block["three"](y * gate))
+        return self.head(x)
+
+
+class Dense(nn.Module):
+    """Concatenation, a norm over several streams, a grouped convolution, a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 12, 3, padding=1)
+        self.b = nn.Conv2d(12, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(20)
+        self.c = nn.Conv2d(20, 16, 3, padding=1)
+        self.d = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(16, 12, 2, stride=2)
+        self.act = nn.PReLU(12)
+        self.e = nn.ConvTranspose2d(12, 8, 2)
+        self.out = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        a = torch.tanh(self.a(x))
+        x = self.norm(torch.cat([self.b(a), a], 1))
+        return self.out(self.e(self.act(self.up(self.d(self.c(x))))))
+
+
+@pytest.mark.parametrize("fusion", ["concat", "add"])
+@pytest.mark.parametrize("placement", ["linear", "paper"])
+@pytest.mark.parametrize("make", [Bottlenecks, Dense, resnet20])
+def test_folded_and_indexed_compute_the_same(make, placement, fusion):
+    model, x = randomised(make()), torch.randn(2, 3, 16, 16)
+    spec = ghostify.GhostSpec(2, dw_size=1, fusion=fusion, placement=placement)
+    overrides = {"stem": 2} if make is Bottlenecks else {"a": 2} if make is Dense else None
+    plan = ghostify.plan(model, example_inputs=x, spec=spec, overrides=overrides)
+    folded = [d.site.name for d in plan.replaced if d.order == "folded"]
+    assert folded
+    small, slow = (ghostify.apply(made, model, calibration=x).eval() for made in (plan, indexed(plan)))
+    units = {name: small.get_submodule(name) for name in folded}
+    assert all(unit.channel_order is None for unit in units.values())
+    assert any(unit.output_channels is not None for unit in units.values())
+    for name, unit in units.items():
+        assert torch.equal(unit.layout(), slow.get_submodule(name).layout())
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), slow(x), rtol=1e-4, atol=1e-5)
+        small.train()
+        slow.train()
+        torch.testing.assert_close(small(x), slow(x), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_folded_and_what_keeps_an_index():
+    plan = ghostify.plan(Bottlenecks(), example_inputs=torch.randn(1, 3, 16, 16))
+    orders = {d.site.name: d.order for d in plan}
+    assert {orders[f"blocks.{i}.{name}"] for i in (0, 1) for name in ("one.0", "down")} == {"folded"}
+    # The gate joins a larger stream; two units write the residual one.
+    assert {orders[f"blocks.{i}.{name}"] for i in (0, 1) for name in ("up", "three.0")} == {"index"}
+    assert orders["stem"] == orders["blocks.0.two.0"] == ""
+    assert "folded" in str(plan)
+    assert ghostify.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_kept_layer_with_groups_cannot_follow():
+    class Sum(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[3](self[1](x) + self[2](x))
+
+    def planned(groups):
+        model = Sum(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=groups), nn.Conv2d(8, 2, 1))
+        made = ghostify.plan(model, example_inputs=torch.randn(1, 3, 8, 8), skip="2")
+        return {d.site.name: d.order for d in made}["1"]
+
+    assert (planned(1), planned(2)) == ("folded", "index")
+
+
+def test_a_folded_model_is_stored_and_read(tmp_path):
+    model, x = randomised(Bottlenecks()), torch.randn(2, 3, 16, 16)
+    small = ghostify.convert(model, example_inputs=x).eval()
+    ghostify.save(small, tmp_path / "small")
+    again = ghostify.load(tmp_path / "small", base=Bottlenecks())
+    assert torch.equal(small(x), again(x))
+    name = "blocks.0.one.0"
+    assert torch.equal(small.get_submodule(name).layout(), again.get_submodule(name).layout())
+
+
+def test_no_gather_where_the_order_is_folded(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model, x = randomised(Bottlenecks()).eval(), torch.randn(2, 3, 16, 16)
+    plan = ghostify.plan(model, example_inputs=x)
+    gathers = []
+    for made in (plan, indexed(plan)):
+        small = ghostify.apply(made, model, example_inputs=x)
+        ghostify.export_onnx(small, tmp_path / "small.onnx", example_inputs=x)
+        nodes = onnx.load(tmp_path / "small.onnx").graph.node
+        gathers.append(sum(node.op_type == "Gather" for node in nodes))
+    orders = [d.order for d in plan.replaced]
+    assert gathers == [orders.count("index"), len(orders)]
+
+
+def test_outputs_that_change_are_an_error(monkeypatch):
+    monkeypatch.setattr(channel_order, "_permute_inputs", lambda module, order: None)
+    with pytest.raises(ConversionError, match="changed the outputs by"):
+        ghostify.convert(randomised(Bottlenecks()), example_inputs=torch.randn(2, 3, 16, 16))
+
+
+def test_a_plan_cannot_ask_for_what_the_graph_does_not_show():
+    model, x = randomised(Dense()), torch.randn(2, 3, 16, 16)
+    plan = ghostify.plan(model, example_inputs=x, spec=ghostify.GhostSpec(2, dw_size=1), overrides={"out": 2})
+    assert plan.decisions[-1].order == "index"
+    wrong = (*plan.decisions[:-1], dataclasses.replace(plan.decisions[-1], order="folded"))
+    with pytest.raises(PlanMismatchError, match="site='out'"):
+        ghostify.apply(dataclasses.replace(plan, decisions=wrong), model, example_inputs=x)
