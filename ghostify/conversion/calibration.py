@@ -8,27 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostify.errors import InputsError, TraceError
+from ghostify.errors import InputsError, OptionError, TraceError
 from ghostify.tracing.example import Example
 
 Calibration = Tensor | Iterable[Any]
 
 MOST_IMAGES = 1024
-_CHUNK = 64
+# A chunk holds so many images, and of large ones no more than so many numbers.
+_CHUNK, _CHUNK_NUMBERS = 64, 2**22
 _ADVICE = "Pass a few hundred inputs from the training data."
 
 
-def calibration_chunks(calibration: Calibration | None, model: nn.Module) -> list[Example]:
-    """Split calibration inputs into chunks, at most 1,024 examples in all.
+def calibration_chunks(calibration: Calibration | None, model: nn.Module, images: int = MOST_IMAGES) -> list[Example]:
+    """Split calibration inputs into chunks.
 
     Args:
         calibration: A tensor ``(n, c, h, w)``, or an iterable of batches: tensors, ``(input, target)``
             pairs of which the target is ignored, or dicts of keyword arguments.
         model: Gives device and dtype.
+        images: How many examples are enough; the batch that reaches this number is the last one.
 
     Raises:
+        OptionError: ``images`` is no number ≥ 1.
         InputsError: There is nothing in it, or something that is no input.
     """
+    if isinstance(images, bool) or not isinstance(images, int) or images < 1:
+        raise OptionError(f"images={images!r} is not a whole number ≥ 1: how many calibration inputs to use at most.")
     if calibration is None:
         return []
     kind = type(calibration)
@@ -37,14 +42,17 @@ def calibration_chunks(calibration: Calibration | None, model: nn.Module) -> lis
         raise InputsError(f"calibration has type {kind.__name__}; it must be a tensor (n, c, h, w) or many batches.")
     if isinstance(calibration, Tensor) and calibration.numel() == 0:
         raise InputsError(f"calibration is empty: shape {tuple(calibration.shape)}. {_ADVICE}")
-    batches: Iterable[Any] = torch.split(calibration, _CHUNK) if isinstance(calibration, Tensor) else calibration
+    batches: Iterable[Any] = calibration
+    if isinstance(calibration, Tensor):
+        size = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, calibration[0].numel())))
+        batches = torch.split(calibration[:images], size)
     chunks: list[Example] = []
     total = 0
     for batch in batches:
         chunk = _example(batch).to(model)
         chunks.append(chunk)
         total += chunk.batch
-        if total >= MOST_IMAGES:
+        if total >= images:
             break
     if not chunks:
         raise InputsError(f"calibration is empty. {_ADVICE}")

@@ -6,13 +6,13 @@ the student in place. ``INITIALISERS`` holds those that have a name; a function 
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -70,10 +70,6 @@ Initialiser = Callable[[Conversion], None]
 
 # A norm's squared scale below this share of the mean counts as nearly muting its channel.
 _MUTED = 0.01
-# Bytes for activations during calibration, and how many maps of the largest size live at one time:
-# about three in a residual block (input, shortcut, output), for teacher and student.
-_MEMORY = 2 * 2**30
-_LIVE_MAPS = 6
 
 
 def random(conversion: Conversion) -> None:
@@ -149,32 +145,16 @@ NEED_CALIBRATION = frozenset({"least-squares", "sequential", "alternating"})
 
 
 def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
-    facts = conversion.facts
-    chunks = _within_memory(conversion.chunks, conversion.plan)
+    """Every site in order, ready to be fitted; with a progress bar on a terminal."""
+    facts, decisions = conversion.facts, conversion.decisions
+    console = Console(stderr=True)
     with unmarked(facts.model), torch.no_grad():
         if facts.graph is not None:
-            yield from walk_graph(facts.graph, facts.model, student, conversion.decisions, chunks)
+            visits = walk_graph(facts.graph, facts.model, student, decisions, conversion.chunks)
         else:
-            yield from walk_calls(facts.model, student, conversion.decisions, chunks)
-
-
-def _within_memory(chunks: list[Example], plan: Plan) -> list[Example]:
-    """As many chunks as keep the activations that live at one time within ``_MEMORY``; warns if some are left out."""
-    largest = max(math.prod(call.output_shape) * call.rows for decision in plan for call in decision.site.calls)
-    most = _MEMORY / (largest * 4 * _LIVE_MAPS)
-    total = 0
-    kept: list[Example] = []
-    for chunk in chunks:
-        if kept and total + chunk.batch > most:
-            warnings.warn(
-                f"Calibration uses {total} of {sum(c.batch for c in chunks)} inputs, so that the activations of both "
-                f"models stay within {_MEMORY // 2**30} GiB.",
-                stacklevel=2,
-            )
-            break
-        kept.append(chunk)
-        total += chunk.batch
-    return kept
+            visits = walk_calls(facts.model, student, decisions, conversion.chunks)
+        shown = console.is_terminal
+        yield from track(visits, "start", total=len(decisions), console=console, disable=not shown, transient=True)
 
 
 def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool, refine: bool = False) -> None:

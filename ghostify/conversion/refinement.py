@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.fitting import by_group, channel_view, is_plain, norm_scale, running_mean, solve_cheap
 from ghostify.conversion.statistics import Window, sample_pixels
-from ghostify.conversion.walk import Tail
+from ghostify.conversion.tails import Tail
 from ghostify.nn.ghost import GhostConv
 
 _ROUNDS = 4

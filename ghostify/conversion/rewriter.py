@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion.calibration import Calibration, calibration_chunks, check_runs
+from ghostify.conversion.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
 from ghostify.conversion.channel_order import fold_orders
 from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
 from ghostify.conversion.verification import verify
@@ -45,6 +45,7 @@ def convert(
     skip: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
     calibration: Calibration | None = None,
+    images: int = MOST_IMAGES,
     initialiser: str | Initialiser | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -62,7 +63,7 @@ def convert(
     default = chosen_spec(ratio, spec)
     model = unwrapped(model)
     start = _chosen_initialiser(initialiser, calibration, model)
-    chunks = calibration_chunks(calibration, model)
+    chunks = calibration_chunks(calibration, model, images)
     facts = _facts(model, example_inputs, chunks)
     plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default))
     return _apply(plan, facts if plan.lifted else facts.unlifted or facts, chunks, start, seed)
@@ -73,6 +74,7 @@ def apply(
     model: nn.Module,
     *,
     calibration: Calibration | None = None,
+    images: int = MOST_IMAGES,
     initialiser: str | Initialiser | None = None,
     example_inputs: ExampleInputs | None = None,
     seed: int = 0,
@@ -87,6 +89,7 @@ def apply(
         model: The trained network; it is left as it was.
         calibration: A few hundred inputs from the training data, no labels needed: a tensor
             ``(n, c, h, w)``, or any iterable of batches or of ``(input, target)`` pairs.
+        images: Use at most about so many of them; the rest of the iterable is not read.
         initialiser: A name out of ``random``, ``first``, ``weights``, ``least-squares``,
             ``sequential``, ``alternating``, or a function of a
             [Conversion][ghostify.conversion.Conversion]. By default ``alternating`` with
@@ -111,7 +114,7 @@ def apply(
     model = as_planned(plan, model)
     check_fits(plan, model)
     start = _chosen_initialiser(initialiser, calibration, model)
-    chunks = calibration_chunks(calibration, model)
+    chunks = calibration_chunks(calibration, model, images)
     inputs = _made_up(plan, seed) if example_inputs is None and not chunks else example_inputs
     facts = _facts(model, inputs, chunks, lift=False)
     known = {site.name: site for site in facts.sites}

@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -14,11 +15,12 @@ import ghostify
 from ghostify import GhostConv2d, GhostSpec
 from ghostify.conversion import INITIALISERS, walk
 from ghostify.conversion.initialisers import NEED_CALIBRATION
+from ghostify.conversion.walk import walk_calls, walk_graph
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError
 from ghostify.nn import GhostConv
 from ghostify.nn.cifar import CifarResNet, resnet20, resnet56
 from ghostify.nn.selection import select_channels
-from ghostify.tracing import evaluating
+from ghostify.tracing import Example, evaluating
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -91,7 +93,7 @@ def test_the_layer_that_closes_a_block_makes_up_for_its_shortcut(monkeypatch):
     """The other sign would double what is lost, and none at all would leave it."""
     torch.manual_seed(0)
     model = ShortcutThatDrifts().eval()
-    tail_of = walk._tail
+    tail_of = walk.tail_of
     errors = {}
     for name, sign in (("made up for", 1), ("left", 0), ("doubled", -1)):
 
@@ -99,7 +101,7 @@ def test_the_layer_that_closes_a_block_makes_up_for_its_shortcut(monkeypatch):
             tail = tail_of(*args)
             return replace(tail, drift=[sign * d for d in tail.drift or ()] or None)
 
-        monkeypatch.setattr(walk, "_tail", signed)
+        monkeypatch.setattr(walk, "tail_of", signed)
         small = ghostify.convert(model, example_inputs=X, calibration=IMAGES, overrides={"closing": 1.3})
         errors[name] = error(small, model)
     assert errors["made up for"] < 0.9 * errors["left"] < 0.9 * errors["doubled"]
@@ -124,8 +126,8 @@ def test_shortcuts_are_known_before_the_layer_that_closes_the_block(monkeypatch)
     torch.manual_seed(0)
     model = ShortcutAfterwards().eval()
     tails = []
-    tail_of = walk._tail
-    monkeypatch.setattr(walk, "_tail", lambda *args: tails.append(tail_of(*args)) or tails[-1])
+    tail_of = walk.tail_of
+    monkeypatch.setattr(walk, "tail_of", lambda *args: tails.append(tail_of(*args)) or tails[-1])
     ghostify.convert(model, example_inputs=X, calibration=IMAGES, overrides={"closing": 2})
     before, closing = tails
     assert before.drift is before.addend is None
@@ -154,13 +156,13 @@ def test_what_the_activation_cuts_off_need_not_be_right(monkeypatch, activation,
     model.eval()
     aware = ghostify.convert(model, example_inputs=X, calibration=IMAGES, overrides={"1": 2})
     tails = []
-    tail_of = walk._tail
+    tail_of = walk.tail_of
 
     def linear(*args):
         tails.append(tail_of(*args))
         return replace(tails[-1], low=-math.inf, high=math.inf)
 
-    monkeypatch.setattr(walk, "_tail", linear)
+    monkeypatch.setattr(walk, "tail_of", linear)
     unaware = ghostify.convert(model, example_inputs=X, calibration=IMAGES, overrides={"1": 2})
     assert [(tail.low, tail.high) for tail in tails] == [limits]
     if math.inf in limits and 0 not in limits:
@@ -434,8 +436,6 @@ def test_the_walk_computes_what_the_models_compute():
     seen = {}
 
     def spy(conversion):
-        from ghostify.conversion.walk import walk_graph
-
         graph, student = conversion.facts.graph, conversion.student
         with torch.no_grad():
             for visit in walk_graph(graph, model, student, conversion.decisions, conversion.chunks):
@@ -456,6 +456,92 @@ def test_the_walk_computes_what_the_models_compute():
         assert torch.allclose(inputs, caught[name, 0], atol=1e-5)
         assert torch.allclose(targets, caught[name, 1], atol=1e-5)
     assert set(seen) == {"a", "b"}
+
+
+class Narrowing(nn.Module):
+    """Maps become smaller; nothing is replaced before the first pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3)
+        self.c, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.a(F.relu_(self.stem(x))), 2)
+        x = F.relu(self.b(x), inplace=True)
+        x = x + self.c(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_where_maps_are_large_fewer_images_are_on_their_way(monkeypatch):
+    """Six chunks: two fit at first, the others join as maps shrink, and are what they would have been."""
+    torch.manual_seed(0)
+    model = Narrowing().eval()
+
+    def visits(memory):
+        seen = {}
+
+        def spy(conversion):
+            student = conversion.student
+            with torch.no_grad():
+                for visit in walk_graph(
+                    conversion.facts.graph, model, student, conversion.decisions, conversion.chunks, memory
+                ):
+                    name = visit.decision.site.name
+                    seen[name] = [tuple(map(torch.clone, pair)) for pair in zip(visit.inputs, visit.targets)]
+                    student.get_submodule(name).primary_conv.weight.mul_(1.1)  # as a fit changes it
+
+        ghostify.convert(
+            model, example_inputs=X, calibration=[IMAGES[i : i + 16] for i in range(0, 96, 16)], initialiser=spy
+        )
+        return seen
+
+    everything = visits(2**30)
+    assert {name: len(chunks) for name, chunks in everything.items()} == {"a": 6, "b": 6, "c": 6}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        some = visits(2 * 4 * 32 * (8 * 14 * 14 + 16 * 12 * 12 + 100))
+    counts = {name: len(chunks) for name, chunks in some.items()}
+    assert counts == {"a": 2, "b": 6, "c": 6}
+    for name, chunks in some.items():
+        for pair, wanted in zip(chunks, everything[name]):
+            assert all(map(torch.equal, pair, wanted))
+    with pytest.warns(UserWarning, match="uses 16 of 96 inputs"):
+        assert {name: len(chunks) for name, chunks in visits(1).items()} == {"a": 1, "b": 1, "c": 1}
+
+
+def test_without_a_graph_only_what_fits_is_used():
+    torch.manual_seed(0)
+    model = Narrowing().eval()
+    decisions = {d.site.name: d for d in ghostify.plan(model, example_inputs=X).replaced}
+    chunks = [Example.of(IMAGES[i : i + 16]) for i in range(0, 96, 16)]
+    memory = 8 * 40 * (8 * 14 * 14 + 16 * 12 * 12)
+    with torch.no_grad():
+        counts = {
+            visit.decision.site.name: len(visit.inputs) for visit in walk_calls(model, model, decisions, chunks, memory)
+        }
+    assert counts == {"a": 2, "b": 6, "c": 6}
+
+
+def test_how_many_images_are_used():
+    read = []
+
+    def batches():
+        for start in range(0, 96, 8):
+            read.append(start)
+            yield IMAGES[start : start + 8]
+
+    sizes = []
+    ghostify.convert(
+        net(),
+        example_inputs=X,
+        calibration=batches(),
+        images=20,
+        initialiser=lambda conversion: sizes.extend(chunk.batch for chunk in conversion.chunks),
+    )
+    assert (read, sizes) == ([0, 8, 16], [8, 8, 8])
+    with pytest.raises(OptionError, match="images=0 is not a whole number"):
+        ghostify.convert(net(), example_inputs=X, calibration=IMAGES, images=0)
 
 
 def test_chosen_channels_are_copied_and_nothing_else():
