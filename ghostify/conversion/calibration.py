@@ -70,7 +70,17 @@ def check_runs(chunks: list[Example], example: Example, model: nn.Module) -> Non
         InputsError: The model does not run on it.
     """
     known = {_kind(example.to(model))}
+    names = example.names(model)
     for chunk in chunks:
+        try:
+            given = chunk.names(model)
+        except TypeError as error:
+            raise InputsError(f"calibration does not fit the model's forward: {error}") from error
+        if given != names:
+            raise InputsError(
+                f"calibration gives the arguments {', '.join(given)}, and example_inputs gives {', '.join(names)}. "
+                "Pass the same ones in both."
+            )
         if _kind(chunk) in known:
             continue
         try:

@@ -7,7 +7,7 @@ the student in place. ``INITIALISERS`` holds those that have a name; a function 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -18,6 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.fitting import channel_weight, fit_unit, norm_scale
 from ghostify.conversion.refinement import refine_unit
+from ghostify.conversion.sensitivity import channel_metrics
+from ghostify.conversion.tails import Tail
 from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels, white_explained
 from ghostify.errors import InputsError
@@ -125,12 +127,26 @@ def sequential(conversion: Conversion) -> None:
 
 
 def alternating(conversion: Conversion) -> None:
-    """As ``sequential``; then primary and cheap kernels of each layer in turn, for what the activation lets through.
+    """As ``sequential``; then primary and cheap kernels of each layer in turn, for what the output depends on.
 
-    See [refinement][ghostify.conversion.refinement].
+    That is what the activation lets through, each error weighted by what it costs at the output. See
+    [refinement][ghostify.conversion.refinement] and [sensitivity][ghostify.conversion.sensitivity].
     """
+    generator = torch.Generator().manual_seed(conversion.seed)
+    metrics = channel_metrics(conversion.facts.model, conversion.plan, conversion.chunks, generator)
     for visit in _visits(conversion, student=conversion.student):
-        _fit(conversion, visit, refit_primary=True, refine=True)
+        inputs, targets, seeded = _fit(conversion, visit, refit_primary=True)
+        decision = visit.decision
+        refine_unit(
+            conversion.unit(decision),
+            conversion.original(decision),
+            conversion.norm(decision),
+            _batched_tail(visit.tail, decision),
+            inputs=inputs,
+            targets=targets,
+            metric=metrics.get(decision.site.name),
+            generator=seeded,
+        )
 
 
 INITIALISERS: dict[str, Initialiser] = {
@@ -148,7 +164,9 @@ def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
     """Every site in order, ready to be fitted; with a progress bar on a terminal."""
     facts, decisions = conversion.facts, conversion.decisions
     console = Console(stderr=True)
-    with unmarked(facts.model), torch.no_grad():
+    fitted = [module for decision in conversion.plan.replaced for module in _fitted(conversion, decision)]
+    with unmarked(facts.model), unmarked(student, but=fitted), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(conversion.seed)  # for a model that draws random numbers
         if facts.graph is not None:
             visits = walk_graph(facts.graph, facts.model, student, decisions, conversion.chunks)
         else:
@@ -157,7 +175,22 @@ def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
         yield from track(visits, "start", total=len(decisions), console=console, disable=not shown, transient=True)
 
 
-def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool, refine: bool = False) -> None:
+def _fitted(conversion: Conversion, decision: Decision) -> Iterator[nn.Module]:
+    """The modules that a fit changes."""
+    yield from conversion.unit(decision).modules()
+    norm = conversion.norm(decision)
+    if norm is not None:
+        yield norm
+
+
+def _fit(
+    conversion: Conversion, visit: Visit, *, refit_primary: bool
+) -> tuple[list[Tensor], list[Tensor], torch.Generator]:
+    """Fit the unit at a site.
+
+    Returns:
+        Its inputs and its targets, corrected by the shortcut's drift, and the generator that picks samples of them.
+    """
     decision = visit.decision
     norm = conversion.norm(decision)
     targets = visit.targets
@@ -175,8 +208,7 @@ def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool, refine: b
     targets = [_batched(y, decision) for y in targets]
     generator = torch.Generator().manual_seed(conversion.seed)
     fit_unit(unit, conv, norm, inputs=inputs, targets=targets, refit_primary=refit_primary, generator=generator)
-    if refine:
-        refine_unit(unit, conv, norm, visit.tail, inputs=inputs, targets=targets, generator=generator)
+    return inputs, targets, generator
 
 
 def _batched(maps: Tensor, decision: Decision) -> Tensor:
@@ -184,8 +216,13 @@ def _batched(maps: Tensor, decision: Decision) -> Tensor:
     return maps if maps.dim() == 2 + len(decision.site.kernel_size) else maps.unsqueeze(0)
 
 
+def _batched_tail(tail: Tail, decision: Decision) -> Tail:
+    addend = None if tail.addend is None else [_batched(maps, decision) for maps in tail.addend]
+    return replace(tail, addend=addend)
+
+
 def _through_norm(norm: nn.Module | None, channels: int) -> Tensor:
     """What to add before a norm so that 1 is added after it, ``(n,)``; little where the norm nearly mutes a channel."""
     scale = norm_scale(norm, channels)
     floor = _MUTED * scale.square().mean()
-    return scale / (scale.square() + floor)
+    return scale / (scale.square() + floor).clamp_min(1e-12)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +27,14 @@ from ghostify.nn.ghost import GhostConv
 
 _ROUNDS = 4
 # Steps of conjugate gradients a round; they start from, and are preconditioned by, the layer's own second moments.
-_STEPS = 3
+_STEPS = 6
 # Share of the mean diagonal of the Gram matrix that holds the primary to what it was; see docs/decisions.md.
 _RIDGE = 3e-3
 # Samples: pixels, some for every unknown of a filter, and images enough to differ from each other.
 _PIXELS, _PIXELS_PER_UNKNOWN, _FEWEST_IMAGES = 40_000, 16, 128
 # Numbers in the largest tensor of a part: 128 MB.
 _LARGEST_PART = 32_000_000
-# Below this share of the mean a channel's weight does not fall, though its norm mutes it.
+# Added to every channel's weight, as a share of the mean, though its norm mutes it.
 _LEAST_WEIGHT = 1e-3
 
 
@@ -49,7 +50,7 @@ class _Site:
         scale: Of the norm, ``(1, n, …)``.
         shift: Of the teacher's norm.
         offset: What the student's norm adds to the unit's output beside it.
-        weight: How much each channel counts behind the norm, ``(n,)``.
+        metric: How much an error counts: ``(n, n)``, or only the diagonal ``(n,)``.
     """
 
     unit: GhostConv
@@ -59,7 +60,7 @@ class _Site:
     scale: Tensor
     shift: Tensor
     offset: Tensor
-    weight: Tensor
+    metric: Tensor
 
     def goals(self) -> list[Tensor]:
         """What the unit should make, original channel order: the targets, but for what is cut off in both."""
@@ -88,6 +89,7 @@ def refine_unit(
     *,
     inputs: list[Tensor],
     targets: list[Tensor],
+    metric: Tensor | None,
     generator: torch.Generator,
 ) -> None:
     """Improve a fitted unit of placement ``linear`` and fusion ``concat`` in single precision; others stay.
@@ -99,12 +101,14 @@ def refine_unit(
         tail: What follows the layer.
         inputs: What the unit will get, each ``(b, c, …)``.
         targets: What it should make of it, each ``(b, n, …)``, original channel order.
+        metric: What an error costs, ``(n, n)``, see [channel_metrics][ghostify.conversion.sensitivity.channel_metrics];
+            by default channels count alone, by the scale that the norm gives them.
         generator: Picks the images and pixels that are sampled.
     """
     plain = unit.spec.placement == "linear" and unit.spec.fusion == "concat" and conv.weight.dtype == torch.float32
     if not plain or unit.cheap_operation is None or not is_plain(conv, inputs[0]):
         return
-    site = _sampled(unit, conv, norm, tail, inputs, targets, generator)
+    site = _sampled(unit, conv, norm, tail, inputs, targets, metric, generator)
     mean = running_mean(norm)
     factors = _cholesky(conv, site.inputs, generator)
     for _ in range(_ROUNDS):
@@ -133,6 +137,7 @@ def _sampled(
     tail: Tail,
     inputs: list[Tensor],
     targets: list[Tensor],
+    metric: Tensor | None,
     generator: torch.Generator,
 ) -> _Site:
     size = math.prod(targets[0].shape[2:])
@@ -148,7 +153,8 @@ def _sampled(
             chunk[(images[(images >= start) & (images < stop)] - start).to(chunk.device)]
             for chunk, start, stop in zip(chunks, starts, starts[1:])
         ]
-        return list(torch.split(torch.cat(some), part))
+        alike = groupby((maps for maps in some if len(maps)), key=lambda maps: maps.shape[1:])
+        return [piece for _, maps in alike for piece in torch.split(torch.cat(list(maps)), part)]
 
     scale = norm_scale(tail.norm, unit.out_channels).to(targets[0])
     bias = getattr(tail.norm, "bias", None)
@@ -156,7 +162,8 @@ def _sampled(
     shift = bias.detach().to(scale) if isinstance(bias, Tensor) else torch.zeros_like(scale)
     shift = shift - scale * teachers.to(scale) if teachers is not None else shift
     offset = (teachers - mean).to(scale) if mean is not None and teachers is not None else torch.zeros_like(scale)
-    weight = scale.square() / scale.square().mean().clamp_min(1e-12) + _LEAST_WEIGHT
+    if metric is None:
+        metric = scale.square() / scale.square().mean().clamp_min(1e-12) + _LEAST_WEIGHT
     return _Site(
         unit,
         inputs=sampled(inputs),
@@ -165,7 +172,7 @@ def _sampled(
         scale=channel_view(scale, unit.dims),
         shift=channel_view(shift, unit.dims),
         offset=channel_view(offset, unit.dims),
-        weight=weight,
+        metric=metric.to(scale),
     )
 
 
@@ -196,11 +203,7 @@ def _cholesky(conv: _ConvNd, inputs: list[Tensor], generator: torch.Generator) -
 
 
 def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float]) -> Tensor:
-    """The change of the primary's weight that best makes up for what is left over, by conjugate gradients.
-
-    Every filter is a problem of its own (its own map and its ghosts'), so all are solved at a time,
-    each with its own steps.
-    """
+    """The change of the primary's weight that best makes up for what is left over, by conjugate gradients."""
     unit, (factor, damping) = site.unit, factors
     primary, cheap = copy.deepcopy(unit.primary_conv), copy.deepcopy(unit.cheap_operation)
     assert isinstance(primary, _ConvNd)
@@ -209,12 +212,17 @@ def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float]) -> Ten
         if module.bias is not None:
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # a convolution's
     order = unit.layout().to(left[0].device)
-    weight = site.weight[order]
+    metric = site.metric[order] if site.metric.dim() == 1 else site.metric[order][:, order]
+    weight = metric if metric.dim() == 1 else metric.diagonal()
     m, shape = unit.intrinsic_channels, primary.weight.shape
-    weighted = [part[:, order] * channel_view(weight, unit.dims) for part in left]
     pixels = sum(part.numel() // part.shape[1] for part in left)
     kernels = cheap.kernels().flatten(1).square().sum(1)
     share = weight[:m].index_add(0, unit.parents().to(weight.device), weight[m:] * kernels)
+
+    def weighed(maps: Tensor) -> Tensor:
+        if metric.dim() == 1:
+            return maps * channel_view(metric, unit.dims)
+        return torch.einsum("nm,bm...->bn...", metric, maps)
 
     def back(parts: list[Tensor] | None, direction: Tensor) -> Tensor:
         """The gradient of the maps' products with ``parts``, or with what ``direction`` itself makes."""
@@ -224,8 +232,8 @@ def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float]) -> Ten
                 variable = direction.detach().requires_grad_()
                 own = functional_call(primary, {"weight": variable}, (x,))
                 maps = torch.cat([own, cheap(own)], 1)
-            wanted = maps.detach() * channel_view(weight, unit.dims) if parts is None else parts[index]
-            total += torch.autograd.grad(maps, variable, wanted)[0]
+            error = maps.detach() if parts is None else parts[index][:, order]
+            total += torch.autograd.grad(maps, variable, weighed(error))[0]
         return total / pixels
 
     def by_filter(numbers: Tensor) -> Tensor:
@@ -237,10 +245,12 @@ def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float]) -> Ten
         return solved.to(gradient.dtype) / by_filter(share)
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(1).sum(1)
+        products = (a * b).flatten(1).sum(1)
+        # Without a metric every filter is a problem of its own (its own map and its ghosts'), with its own steps.
+        return products if metric.dim() == 1 else products.sum().expand(len(products))
 
     change = torch.zeros_like(primary.weight)
-    residual = back(weighted, change)
+    residual = back(left, change)
     search = towards = preconditioned(residual)
     product = inner(residual, towards)
     for _ in range(_STEPS):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
@@ -31,6 +32,7 @@ from ghostify.tracing import (
     lifted_as,
     on_meta,
     trace,
+    unmarked,
     unwrapped,
 )
 from ghostify.tracing.graph import FUNCTIONS
@@ -115,7 +117,7 @@ def apply(
     check_fits(plan, model)
     start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model, images)
-    inputs = _made_up(plan, seed) if example_inputs is None and not chunks else example_inputs
+    inputs = _made_up(plan, model, seed) if example_inputs is None and not chunks else example_inputs
     facts = _facts(model, inputs, chunks, lift=False)
     known = {site.name: site for site in facts.sites}
     for decision in plan.replaced:
@@ -224,8 +226,8 @@ def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, 
             for norm in (unit.primary_norm, unit.cheap_norm):
                 if isinstance(norm, nn.Module):
                     norm.train(mode)
-    verify(student, plan, facts)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), unmarked(facts.model):  # a copy may call the original through a closure
+        verify(student, plan, facts)
         fold_orders(student, plan, facts)
     return student
 
@@ -236,7 +238,7 @@ def _check_values(plan: Plan, model: nn.Module) -> None:
         chain = decision.site.chain
         for name in filter(None, (decision.site.name, chain.norm if chain is not None else None)):
             for what, tensor in model.get_submodule(name).state_dict().items():
-                if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+                if isinstance(tensor, Tensor) and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
                     raise InputsError(
                         f"model: {name}.{what} holds NaN or infinite numbers. Load weights of a training that did not "
                         "diverge."
@@ -270,6 +272,12 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. Take what cannot be copied "
             "(a lock, an open file, a generator) off the model while it is converted."
         ) from error
+    for decision in plan.replaced:
+        if not isinstance(student.get_submodule(decision.site.name), GhostConv):
+            raise ConversionError(
+                f"site={decision.site.name!r} is not replaced in a copy of {type(model).__name__}: a __deepcopy__ of "
+                "its own makes modules anew. Take that method off while the model is converted."
+            )
     student.ghostify_plan = plan  # type: ignore[assignment]
     return student
 
@@ -307,8 +315,10 @@ def _chosen_initialiser(
     return INITIALISERS[chosen]
 
 
-def _made_up(plan: Plan, seed: int) -> ExampleInputs:
-    """Random inputs of the shapes for which a plan was made."""
+def _made_up(plan: Plan, model: nn.Module, seed: int) -> ExampleInputs:
+    """Random inputs of the shapes for which a plan was made; by keyword where some arguments are left out."""
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(shape, generator=generator) for shape in plan.input_shapes]
-    return dict(zip(plan.arguments, inputs)) if len(inputs) == len(plan.arguments) else inputs
+    names = list(inspect.signature(model.forward).parameters)
+    in_place = list(plan.arguments) == names[: len(plan.arguments)]
+    return inputs if in_place or len(inputs) != len(plan.arguments) else dict(zip(plan.arguments, inputs))

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.modules.conv import _ConvNd
 
 _LARGEST_PART = 64_000_000
+# Of float32 sums, as a share of their terms.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,9 @@ class Moments:
         """Covariances: ``gram`` and ``cross`` per sample, with the means taken out."""
         mean_a, mean_y = self.sum_a / self.rows, self.sum_y / self.rows
         gram = self.gram / self.rows - mean_a.unsqueeze(-1) * mean_a.unsqueeze(-2)
+        # Where features hardly vary, what is left is the rounding of float32 products; it must not be divided by.
+        diagonal = self.gram.diagonal(dim1=-2, dim2=-1) / self.rows
+        gram = gram + torch.diag_embed(_ROUNDING * diagonal.mean(-1, keepdim=True).expand_as(diagonal))
         cross = self.cross / self.rows - mean_a.unsqueeze(-1) * mean_y.unsqueeze(-2)
         return gram, cross
 

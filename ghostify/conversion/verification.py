@@ -34,6 +34,12 @@ def verify(student: nn.Module, plan: Plan, facts: Trace) -> None:
     expected = {decision.site.name: calls[decision.site.name] for decision in plan.replaced}
     made, outputs = _run_recorded(student, facts, list(expected))
     for name, shapes in expected.items():
+        if not made[name]:
+            raise ConversionError(
+                f"site={name!r} is not called in the converted model. A copy of {type(student).__name__} probably "
+                "still calls the original's modules, through a function that was made in its constructor. Call them "
+                f"as self.{name}, or keep the site (skip={name!r})."
+            )
         if made[name] != shapes:
             raise ConversionError(
                 f"site={name!r} gives maps of shape {made[name]} after conversion, and {shapes} before. "
@@ -58,7 +64,7 @@ def _run_recorded(student: nn.Module, facts: Trace, names: list[str]) -> tuple[d
         outputs = facts.example.run(student)
     except TraceError as error:
         raise ConversionError(
-            f"The converted {type(student).__name__} does not run, and the original does: {error} "
+            f"The converted {type(student).__name__} does not run, and the original does: {error.__cause__!r}. "
             "It probably uses a convolution in another way than by calling it; keep that one with skip=..."
         ) from error
     finally:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from ghostify.conversion.tails import Tail, shortcuts_first, tail_of
 from ghostify.errors import ConversionError
 from ghostify.spec import Decision
 from ghostify.tracing.example import Example
+from ghostify.tracing.execution import last_uses, run_node
 from ghostify.tracing.graph import changes_its_input
 
 # Bytes for activations.
@@ -75,7 +75,7 @@ def walk_graph(
         memory: Bytes for the values that live at one time; at least one chunk is used.
     """
     nodes = shortcuts_first(graph, teacher, decisions)
-    walk = _Walk(nodes, _last_uses(nodes), teacher, student, decisions)
+    walk = _Walk(nodes, last_uses(nodes), teacher, student, decisions)
     room = walk.room(chunks[0], memory)
     visited: set[str] = set()
     values: Values = {}
@@ -132,7 +132,12 @@ def walk_calls(
     for name, decision in decisions.items():
         numbers = max(sum(math.prod(s) for s in (c.input_shape, c.output_shape)) * c.rows for c in decision.site.calls)
         count = max(1, _fitting(chunks, 0, int(memory / (8 * numbers))))
-        ends = [(_stop_at(teacher, name, chunk), _stop_at(student, name, chunk)) for chunk in chunks[:count]]
+        pairs = [(_stop_at(teacher, name, chunk), _stop_at(student, name, chunk)) for chunk in chunks[:count]]
+        ends = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs is not None]
+        if not ends:
+            raise ConversionError(
+                f"site={name!r} is not reached by the calibration inputs. Pass data like the example inputs."
+            )
         module = teacher.get_submodule(name)
         yield Visit(decision, [theirs for _, theirs in ends], [module(mine) for mine, _ in ends])
         most = max(most, count)
@@ -154,27 +159,27 @@ def _warn_of_memory(used: int, chunks: list[Example], memory: int) -> None:
     )
 
 
-class _ReachedError(Exception):
-    """The site has been reached; its input is all that was wanted."""
+class _Reached(BaseException):
+    """The site has been reached; its input is all that was wanted. No model catches it."""
 
 
-def _stop_at(model: nn.Module, name: str, chunk: Example) -> Tensor:
-    """The first input that a module gets."""
+def _stop_at(model: nn.Module, name: str, chunk: Example) -> Tensor | None:
+    """The first input that a module gets, if it gets one."""
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...]) -> None:
         caught.append(args[0])
-        raise _ReachedError
+        raise _Reached
 
     handle = model.get_submodule(name).register_forward_pre_hook(catch)
     try:
         fresh = chunk.copied()
         model(*fresh.args, **fresh.kwargs)
-    except _ReachedError:
+    except _Reached:
         return caught[0]
     finally:
         handle.remove()
-    raise ConversionError(f"site={name!r} is not reached by the calibration inputs. Pass data like the example inputs.")
+    return None
 
 
 @dataclass(frozen=True)
@@ -225,11 +230,9 @@ class _Walk:
     ) -> tuple[Any, Any]:
         """One node on one chunk, for both networks (or the teacher ``alone``); once where both do the same."""
         teacher, student = self.teacher, self.teacher if alone else self.student
-        if node.op == "placeholder":
-            value = _placeholder(node, example.copied())
-            return value, value
-        if node.op == "get_attr":
-            mine, theirs = (operator.attrgetter(str(node.target))(model) for model in (teacher, student))
+        if node.op in ("placeholder", "get_attr"):
+            mine = run_node(node, teacher, example, (), {})
+            theirs = mine if node.op == "placeholder" else run_node(node, student, example, (), {})
             return mine, (mine if isinstance(mine, Tensor) and torch.equal(mine, theirs) else theirs)
         replaced = not alone and node.op == "call_module" and str(node.target) in self.decisions
         same = not replaced and all(
@@ -240,19 +243,8 @@ class _Walk:
             # name or another.
             _unshare(_arguments(node, values, index)[0], values, index)
         mine_in, theirs_in = _arguments(node, values, index)
-        if node.op == "call_module":
-            name = str(node.target)
-            mine = teacher.get_submodule(name)(*mine_in[0], **mine_in[1])
-            return mine, (mine if same else student.get_submodule(name)(*theirs_in[0], **theirs_in[1]))
-        mine = _call(node, *mine_in)
-        return mine, (mine if same else _call(node, *theirs_in))
-
-
-def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)  # op is call_function
-    return node.target(*args, **kwargs)
+        mine = run_node(node, teacher, example, *mine_in)
+        return mine, (mine if same else run_node(node, student, example, *theirs_in))
 
 
 def _unshare(arguments: Any, values: Values, index: int) -> None:
@@ -272,19 +264,6 @@ def _unshare(arguments: Any, values: Values, index: int) -> None:
             pairs[index] = (mine, copy.deepcopy(theirs, memo))
 
 
-def _placeholder(node: fx.Node, example: Example) -> Any:
-    positional = [other for other in node.graph.nodes if other.op == "placeholder"]
-    place = positional.index(node)
-    if str(node.target).startswith("**"):
-        names = {str(other.target) for other in positional}
-        return {name: value for name, value in example.kwargs.items() if name not in names}
-    if str(node.target).startswith("*"):
-        return example.args[place:]
-    if place < len(example.args):
-        return example.args[place]
-    return example.kwargs.get(str(node.target), node.args[0] if node.args else None)
-
-
 def _arguments(node: fx.Node, values: Values, index: int) -> tuple[Any, Any]:
     """Positional and keyword arguments of a node, the teacher's and the student's."""
 
@@ -295,15 +274,3 @@ def _arguments(node: fx.Node, values: Values, index: int) -> tuple[Any, Any]:
         )
 
     return of(0), of(1)
-
-
-def _last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For every node, the values that nobody reads after it."""
-    dying: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
-    seen: set[fx.Node] = set()
-    for node in reversed(nodes):
-        for argument in (node, *node.all_input_nodes):
-            if argument not in seen:
-                seen.add(argument)
-                dying[node].append(argument)
-    return dying

@@ -147,7 +147,7 @@ class GhostConv(nn.Module):
                 bias=bias,
                 device=weight.device,
                 dtype=weight.dtype,
-            )
+            ).requires_grad_(weight.requires_grad)
             if copies or extra
             else None
         )

@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import reprlib
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +114,13 @@ class Example:
             return leaf.to(parameter.device, parameter.dtype if leaf.is_floating_point() else None)
 
         args, kwargs = tree_map(move, (self.args, self.kwargs))
+        return Example(args, kwargs)
+
+    def part(self, start: int, stop: int) -> Example:
+        """Some examples of a batch whose tensors all have one row for each example."""
+        args, kwargs = tree_map(
+            lambda leaf: leaf[start:stop] if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs)
+        )
         return Example(args, kwargs)
 
     def copied(self) -> Example:
@@ -246,21 +253,29 @@ def copier_memo(model: nn.Module) -> dict[int, object]:
 
 
 @contextmanager
-def unmarked(model: nn.Module) -> Iterator[None]:
+def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[None]:
     """Put a model into evaluation mode, and undo afterwards whatever its forward left on it.
 
     A forward may count its calls in a buffer, keep its last input as an attribute, or put what it
     computes into a dictionary. Attributes (the training flags among them), what lists, sets and
-    dictionaries in them hold, and buffers are as found afterwards, also after an error.
+    dictionaries in them hold, and buffers are as found afterwards, also after an error. Not so what
+    is nested deeper, a tensor that is no buffer, and a weight that the forward itself changes.
+
+    Args:
+        model: The model.
+        but: Modules of it that stay as they become, but for their mode.
     """
-    attributes = [(module, dict(vars(module))) for module in model.modules()]
+    left = set(but)
+    modules = [module for module in model.modules() if module not in left]
+    attributes = [(module, dict(vars(module))) for module in modules]
     contents = [
         (value, copy.copy(value))
         for _, found in attributes
         for value in found.values()
         if isinstance(value, MutableMapping | MutableSequence | MutableSet)
     ]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers]
     try:
         with evaluating(model):
             yield
@@ -281,7 +296,8 @@ def _restore(container: Any, content: Any) -> None:
     """Put back what a container held; one that still holds it is not touched."""
     if isinstance(container, MutableSequence):
         if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
-            container[:] = content
+            container.clear()  # not by a slice, which a deque does not know
+            container.extend(content)
     elif isinstance(container, MutableMapping):
         if container.keys() != content.keys() or any(container[key] is not value for key, value in content.items()):
             container.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ _OTHER_ACTIVATIONS = {
     "leaky_relu", "prelu", "rrelu", "elu", "celu", "selu", "hardtanh", "threshold", "softplus", "softsign",
     "logsigmoid", "tanhshrink", "hardshrink", "softshrink", "clamp", "clip", "clamp_min",
 }  # fmt: skip
+# What a run has noted in a node's meta: whether it changes what it reads.
+CHANGES_INPUT = "changes_input"
 _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
@@ -80,13 +82,14 @@ def calls_per_module(graph: fx.Graph) -> Counter[str]:
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
 
 
-def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
+def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str], owners: Mapping[int, Collection[str]]) -> Chain:
     """What follows one call of a convolution.
 
     Args:
         node: The call.
         model: The model that was traced.
         calls: From [calls_per_module][ghostify.tracing.graph.calls_per_module].
+        owners: From [parameter_owners][ghostify.tracing.sites.parameter_owners].
     """
     norm, obstacle = None, ""
     follower = only_user(node)
@@ -95,7 +98,7 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
         if is_batch_norm(module):
             if calls[str(follower.target)] == 1:
                 norm = str(follower.target)
-                obstacle = _norm_obstacle(module)
+                obstacle = _norm_obstacle(module, owners) or _read_elsewhere(norm, node.graph)
             else:
                 obstacle = f"its norm {follower.target} is used {calls[str(follower.target)]} times"
         elif "norm" in type(module).__name__.lower():
@@ -108,7 +111,12 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str]) -> Chain:
 
 
 def changes_its_input(node: fx.Node, model: nn.Module) -> bool:
-    """Whether a node works in place, so that others see what it did to its first argument."""
+    """Whether a node works in place, so that others see what it did to its first argument.
+
+    As it was seen to do in a run of the graph; else as its name and options say.
+    """
+    if CHANGES_INPUT in node.meta:
+        return bool(node.meta[CHANGES_INPUT])
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     name = getattr(node.target, "__name__", str(node.target))
@@ -129,12 +137,19 @@ def is_batch_norm(module: nn.Module) -> bool:
     return all(isinstance(value, Tensor) for value in statistics) and not isinstance(module, _InstanceNorm)
 
 
-def _norm_obstacle(norm: nn.Module) -> str:
+def _read_elsewhere(norm: str, graph: fx.Graph) -> str:
+    reads = (node for node in graph.nodes if node.op == "get_attr")
+    return "its norm is read directly, too" if any(str(r.target).startswith(f"{norm}.") for r in reads) else ""
+
+
+def _norm_obstacle(norm: nn.Module, owners: Mapping[int, Collection[str]]) -> str:
     """Why a batch norm cannot be shared out to the two branches; empty if it can."""
     if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return f"its norm is a {type(norm).__name__}"
     if has_hooks(norm):
         return "its norm carries hooks"
+    if any(len(owners.get(id(parameter), ())) > 1 for parameter in norm.parameters()):
+        return "its norm shares parameters"
     return "" if getattr(norm, "affine", True) else "its norm has no scale and shift"
 
 

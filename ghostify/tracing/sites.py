@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -99,13 +100,12 @@ def has_hooks(module: nn.Module) -> bool:
 def is_separable(module: _ConvNd, call: Call) -> bool:
     """Whether some channels of a convolution are what they are without the others, too.
 
-    A subclass may hold what looks like a number for every output channel and is one for every
-    input channel, say. So where there is more than filters and biases, it is tried.
+    A subclass may normalise over all filters, or hold what looks like a number for every output
+    channel and is one for every input channel. So where it is not torch's own, it is tried.
     """
     n = module.out_channels
-    state = [(name, tensor) for name, tensor in module.state_dict().items() if name not in ("weight", "bias")]
     channels = torch.arange(n).view(module.groups, -1)[:, 1::2].flatten()
-    if not len(channels) or module.weight.is_meta or not any(t.dim() and t.shape[0] == n for _, t in state):
+    if not len(channels) or module.weight.is_meta or type(module) in _REPLACEABLE:
         return True
     weight = module.weight
     x = torch.randn(1, *call.input_shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -120,6 +120,7 @@ def is_separable(module: _ConvNd, call: Call) -> bool:
 def _channel_params(module: _ConvNd) -> int:
     """Parameters that belong to one output channel: those that `select_channels` would leave out with it."""
     n = module.out_channels
-    weight = module.weight.numel() // n
+    # Not read from the weight: a parametrized one is computed anew when it is read, and may keep count of that.
+    weight = module.in_channels // module.groups * math.prod(module.kernel_size)
     rest = (p for name, p in module.named_parameters(recurse=False) if name != "weight")
     return weight + sum(p.numel() // n for p in rest if p.dim() and p.shape[0] == n)

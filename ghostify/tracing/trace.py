@@ -21,6 +21,7 @@ from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
 from ghostify.tracing.example import Example, ExampleInputs, difference, unwrapped
+from ghostify.tracing.execution import run_graph
 from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
 from ghostify.tracing.lifting import lift_functions
 from ghostify.tracing.sites import is_separable, obstacle_to_replacing, own_facts, parameter_owners
@@ -93,7 +94,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
     calls, unusual, outputs, count = _record(model, convolutions, example)
     arguments = example.names(model)
-    graph, note = _graph_or_reason(model, arguments, convolutions, calls)
+    graph, note = _graph_or_reason(model, arguments, convolutions, calls, example, outputs)
     if lift and graph is not None and (lifted := lift_functions(model, graph)) is not None:
         facts = trace(lifted[0], example, lift=False)
         if not difference(facts.outputs, outputs):
@@ -117,6 +118,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
             else obstacle_to_replacing(name, module, owners) or unusual.get(name, ""),
             nodes.get(name),
             model,
+            owners,
         )
         for name, module in convolutions.items()
     ]
@@ -211,8 +213,10 @@ def _graph_or_reason(
     arguments: Collection[str],
     convolutions: dict[str, _ConvNd],
     calls: dict[str, list[tuple[int, Call]]],
+    example: Example,
+    outputs: Any,
 ) -> tuple[fx.Graph | None, str]:
-    """The FX graph if FX can trace and its calls are those that were recorded; else why not."""
+    """The FX graph if FX can trace, and calls and outputs are those that were recorded; else why not."""
     try:
         graph = trace_graph(model, arguments)
     except Exception as error:
@@ -222,7 +226,8 @@ def _graph_or_reason(
     for name in convolutions:
         if in_graph[name] != len(calls[name]):
             return None, f"its graph calls {name} {in_graph[name]} times, the run {len(calls[name])} times"
-    return graph, ""
+    parted = run_graph(graph, model, example, outputs)
+    return (None, parted) if parted else (graph, "")
 
 
 def _site(
@@ -232,9 +237,12 @@ def _site(
     obstacle: str,
     nodes: _Nodes | None,
     model: nn.Module,
+    owners: dict[int, list[str]],
 ) -> Site:
     if nodes is not None and nodes.read_directly:
         obstacle = obstacle or "its weight is read directly, not only by calling it"
+    if not obstacle and any(call.output_shape[0] != module.out_channels for _, call in calls):
+        obstacle = f"its forward makes other than its {module.out_channels} channels"
     if not obstacle and calls and not is_separable(module, calls[0][1]):
         obstacle = "some of its filters alone give other maps than they give together"
     return Site(
@@ -243,7 +251,7 @@ def _site(
         calls=tuple(call for _, call in calls),
         order=min((position for position, _ in calls), default=-1),
         obstacle=obstacle,
-        chain=chain_after(nodes.calls[0], model, nodes.calls_per_module)
+        chain=chain_after(nodes.calls[0], model, nodes.calls_per_module, owners)
         if nodes is not None and len(nodes.calls) == 1
         else None,
     )

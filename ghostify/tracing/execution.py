@@ -1,0 +1,96 @@
+"""Running a graph node by node: whether it computes what its model computes, and what works in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from ghostify.tracing.example import Example, difference, same_shapes, unmarked
+from ghostify.tracing.graph import CHANGES_INPUT
+
+
+def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any) -> str:
+    """Run a graph on the example, and note in every node's ``meta`` whether it changes what it reads.
+
+    A graph can part from its model: tracing goes past hooks of the root, sees a stand-in where the
+    model asks for a tensor, and knows no addition in place.
+
+    Args:
+        graph: From [trace_graph][ghostify.tracing.graph.trace_graph].
+        model: Its model.
+        example: The example inputs.
+        outputs: What the model makes of them.
+
+    Returns:
+        Why the graph is not the model's; empty if it is.
+    """
+    values: dict[fx.Node, Any] = {}
+    dying = last_uses(list(graph.nodes))
+    example = example.to(model)
+    with unmarked(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # as in a run of the model
+        for node in graph.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            read = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
+            before = list(_versions(read))
+            if node.op == "output":
+                parted = difference(args[0], outputs) if same_shapes(args[0], outputs) else "other shapes"
+                return f"its graph gives other outputs than the run ({parted})" if parted else ""
+            try:
+                values[node] = run_node(node, model, example, args, kwargs)
+            except Exception as error:  # whatever the model's operations raise
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                return f"its graph does not run: {type(error).__name__}: {first_line}"
+            node.meta[CHANGES_INPUT] = before != list(_versions(read))
+            for dead in dying[node]:
+                del values[dead]
+    return ""
+
+
+def run_node(node: fx.Node, model: nn.Module, example: Example, args: Any, kwargs: Any) -> Any:
+    """The value of one node that is no output."""
+    if node.op == "placeholder":
+        return _placeholder(node, example.copied())
+    if node.op == "get_attr":
+        return operator.attrgetter(str(node.target))(model)
+    if node.op == "call_module":
+        return model.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)  # op is call_function
+    return node.target(*args, **kwargs)
+
+
+def last_uses(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For every node, the values that nobody reads after it."""
+    dying: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
+    seen: set[fx.Node] = set()
+    for node in reversed(nodes):
+        for argument in (node, *node.all_input_nodes):
+            if argument not in seen:
+                seen.add(argument)
+                dying[node].append(argument)
+    return dying
+
+
+def _versions(tensors: Iterable[Tensor]) -> Iterable[int]:
+    """How often each was changed; views of one tensor share the number."""
+    return (0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+def _placeholder(node: fx.Node, example: Example) -> Any:
+    positional = [other for other in node.graph.nodes if other.op == "placeholder"]
+    place = positional.index(node)
+    if str(node.target).startswith("**"):
+        names = {str(other.target) for other in positional}
+        return {name: value for name, value in example.kwargs.items() if name not in names}
+    if str(node.target).startswith("*"):
+        return example.args[place:]
+    if place < len(example.args):
+        return example.args[place]
+    return example.kwargs.get(str(node.target), node.args[0] if node.args else None)
