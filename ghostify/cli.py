@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ghostify.conversion import INITIALISERS, apply
 from ghostify.deployment import export_onnx, load, save
-from ghostify.deployment.artefact import check_replaceable
+from ghostify.deployment.artefact import check_replaceable, model_plan
 from ghostify.distillation import DistillConfig, Splits, distill, load_data
 from ghostify.distillation.datasets import DataOptions
 from ghostify.distillation.history import read_history
@@ -53,6 +53,14 @@ Overrides = Annotated[
 ]
 Data = Annotated[str, typer.Option("--data", help="digits, mnist, parquet:FOLDER or package.module:factory")]
 OptionalData = Annotated[str | None, typer.Option("--data", help="score on the test part of this data set")]
+Keep = Annotated[
+    float | None,
+    typer.Option("--keep", help="in place of --ratio: share of each layer's variance to keep; needs --calibration"),
+]
+CalibrationData = Annotated[
+    str | None, typer.Option("--calibration", help="data set to measure and start the new layers on, as --data")
+]
+Images = Annotated[int, typer.Option("--images", min=1, help="how many of its training images")]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="images in a batch")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="of everything random")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on standard output")]
@@ -72,16 +80,25 @@ def plan_command(
     override: Overrides = None,
     input_shape: Shape = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="store the plan in this JSON file")] = None,
+    keep: Keep = None,
+    calibration: CalibrationData = None,
+    images: Images = 512,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Show, before anything is changed, what happens to every convolution and what it saves."""
-    network = load_model(model)
+    network = load_model(model) if keep is None else _trained(model, pretrained, weights)
+    inputs = _calibration(calibration, images, seed)
     made = plan(
         network,
-        example_inputs=_example(network, model, input_shape),
+        example_inputs=inputs[:1] if inputs is not None else _example(network, model, input_shape),
         spec=_spec(ratio, dw_size, fusion, placement),
         skip=skip or (),
         overrides=_overrides(override),
+        keep=keep,
+        calibration=inputs,
     )
     if out is not None:
         with atomic_file(out) as temporary:
@@ -103,8 +120,9 @@ def convert_command(
     placement: Placement = "linear",
     skip: Skip = None,
     override: Overrides = None,
-    calibration: Annotated[str | None, typer.Option(help="data set to start the new layers on, as --data")] = None,
-    images: Annotated[int, typer.Option(min=1, help="how many of its training images")] = 512,
+    keep: Keep = None,
+    calibration: CalibrationData = None,
+    images: Images = 512,
     initialiser: Annotated[str | None, typer.Option(help=f"one of {', '.join(INITIALISERS)}")] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
@@ -114,7 +132,7 @@ def convert_command(
 ) -> None:
     """Replace convolutions by Ghost units that start from the old weights, and store the result."""
     network = _trained(model, pretrained, weights)
-    inputs = None if calibration is None else _sample(load_data(calibration, DataOptions(seed=seed)), images)
+    inputs = _calibration(calibration, images, seed)
     example = inputs[:1] if inputs is not None else _example(network, model, input_shape)
     if plan_file is not None:
         made = Plan.from_json(_read(plan_file))
@@ -125,10 +143,13 @@ def convert_command(
             spec=_spec(ratio, dw_size, fusion, placement),
             skip=skip or (),
             overrides=_overrides(override),
+            keep=keep,
+            calibration=inputs if keep is not None else None,
         )
     student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)
     save(student, out)
-    _show(made.to_json() if as_json else f"{made}{_stored(out)}")
+    started = model_plan(student)
+    _show(started.to_json() if as_json else f"{started}{_stored(out)}")
 
 
 @app.command(
@@ -286,6 +307,10 @@ def _show(text: str, stream: TextIO | None = None) -> None:
 
 def _stored(path: Path | None) -> str:
     return "" if path is None else f"\nstored in {path}"
+
+
+def _calibration(data: str | None, images: int, seed: int) -> Tensor | None:
+    return None if data is None else _sample(load_data(data, DataOptions(seed=seed)), images)
 
 
 def _spec(ratio: float, dw_size: int, fusion: str, placement: str) -> GhostSpec:

@@ -201,6 +201,9 @@ class Decision:
         order: How a Ghost unit's channels get where they belong: ``folded`` into the layers that read
             them, at no cost; or by an ``index`` at every run, where not all of these are known or several
             Ghost units write the same channels. Empty where the site is kept.
+        explained: Share of the layer's variance (behind its norm, on calibration inputs) that is left
+            if the chosen channels stay and cheap kernels make the others, 0 to 1; ``None`` if not measured.
+        error: Share of it that the started Ghost unit misses in the converted model, 0 or more; likewise.
     """
 
     site: Site
@@ -211,6 +214,8 @@ class Decision:
     macs_before: int
     macs_after: int
     order: ChannelOrder = ""
+    explained: float | None = None
+    error: float | None = None
 
     __pydantic_config__ = STRICT
 
@@ -295,6 +300,7 @@ class Plan:
 
     def table(self, style: str = "simple") -> str:
         """All sites as a table, in any format that tabulate knows (``simple``, ``github``, ``html``, …)."""
+        measured = [name for name in ("explained", "error") if any(getattr(d, name) is not None for d in self)]
         rows = [
             [
                 d.site.name,
@@ -304,11 +310,12 @@ class Plan:
                 _arrow(d.params_before, d.params_after),
                 _arrow(d.macs_before, d.macs_after),
                 d.order,
+                *(_percent(getattr(d, name)) for name in measured),
                 d.reason,
             ]
             for d in self.decisions
         ]
-        headers = ["site", "shape", "decision", "ratio", "params", "MACs", "order", "reason"]
+        headers = ["site", "shape", "decision", "ratio", "params", "MACs", "order", *measured, "reason"]
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
     def summary(self) -> str:
@@ -336,6 +343,10 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{self.table()}\n\n{self.summary()}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def _arrow(before: int, after: int) -> str:

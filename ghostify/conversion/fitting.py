@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion.choice import choose_layout
-from ghostify.conversion.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
 from ghostify.nn.ghost import GhostConv
 from ghostify.nn.layout import intrinsic_positions
+from ghostify.planning.choice import choose_layout
+from ghostify.planning.explained import channel_weight, explained_share, kept_share, rows_for
+from ghostify.planning.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
 
 # Shares of the mean diagonal of the Gram matrix; see docs/decisions.md.
-_CHOICE_RIDGE = 1e-4
 _PRIMARY_RIDGE = 3e-3
 _CHEAP_RIDGE = 1e-4
-# Samples: enough for the pairs of channels; for the primary, several for every unknown of a filter.
-_CHOICE_ROWS = 20_000
+# Samples for the primary: several for every unknown of a filter.
+_PRIMARY_ROWS = 20_000
 _PRIMARY_ROWS_PER_UNKNOWN = 8
 
 
@@ -33,7 +33,7 @@ def fit_unit(
     targets: list[Tensor],
     refit_primary: bool,
     generator: torch.Generator,
-) -> None:
+) -> float:
     """Choose the unit's intrinsic channels, then solve its primary and its cheap kernels.
 
     Args:
@@ -45,10 +45,15 @@ def fit_unit(
         targets: What it should make of it, each ``(b, n, …)``, original channel order.
         refit_primary: Solve the primary on ``inputs``; else its filters stay the chosen original ones.
         generator: Picks the pixels that are sampled.
+
+    Returns:
+        The share of the targets' variance that cheap kernels on the chosen channels explain, 0 to 1.
     """
-    pixels = [sample_pixels(target, _share(targets, _CHOICE_ROWS), generator) for target in targets]
+    pixels = [sample_pixels(target, _share(targets, rows_for(unit.out_channels)), generator) for target in targets]
     window = Window.depthwise(unit.spec.dw_size, unit.dims)
-    layout = choose_layout(explained_share(targets, pixels, window, norm), unit.spec, unit.groups)
+    explained = explained_share(targets, pixels, window, norm)
+    layout = choose_layout(explained, unit.spec, unit.groups)
+    kept = kept_share(explained, layout, unit.spec, unit.groups)
     unit.take_channels(conv, layout, norm)
     centred = running_mean(norm) is not None or conv.bias is not None
     if refit_primary:
@@ -56,7 +61,7 @@ def fit_unit(
     if unit.spec.placement == "linear":
         solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
         _shift_mean(norm, targets, (unit(x) for x in inputs))
-        return
+        return kept
     rows = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)].to(targets[0].device)
     _shift_mean(unit.primary_norm, [y[:, rows] for y in targets], (unit.primary_conv(x) for x in inputs))
     if unit.spec.fusion == "concat":
@@ -68,44 +73,27 @@ def fit_unit(
         normed = targets if norm is None else [norm(y) for y in targets]
         bias = solve_cheap(unit, inputs, normed, centred=True, generator=generator)
         _let_pass(unit.cheap_norm, _cheap_maps(unit, inputs), bias)
+    return kept
 
 
-def explained_share(targets: list[Tensor], pixels: list[Tensor], window: Window, norm: nn.Module | None) -> Tensor:
-    """How much of each channel's variance a filter with the given window on each other channel explains.
+def left_over(unit: GhostConv, norm: nn.Module | None, inputs: list[Tensor], targets: list[Tensor]) -> float:
+    """The share of the targets' variance by which a unit misses them, behind the norm; its mean error is the norm's.
 
-    Channels count as they do after the norm: by the square of its scale.
-
-    Returns:
-        ``(n, n)``, for [choose_layout][ghostify.conversion.choice.choose_layout].
+    Args:
+        unit: The unit.
+        norm: The original's batch norm after the layer, if there is one.
+        inputs: What the unit gets.
+        targets: What it should make of it.
     """
-    taps = math.prod(window.kernel)
-
-    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for target, chosen in zip(targets, pixels, strict=True):
-            for part in in_parts(chosen, target.shape[0] * target.shape[1] * taps):
-                yield window.patches(target, part).transpose(0, 1), at_pixels(target, part)
-
-    gram, cross = Moments.of(pairs()).centred()
-    explained = (cross * ridge_solve(gram, cross, _CHOICE_RIDGE)).sum(1)
-    variance = gram[:, taps // 2, taps // 2]
-    explained = explained.clamp_min(0).minimum(variance)
-    explained.diagonal().copy_(variance)
-    return explained * channel_weight(norm, len(variance)).to(explained)
-
-
-def channel_weight(norm: nn.Module | None, channels: int) -> Tensor:
-    """Squared factor by which a norm in evaluation mode scales each channel, ``(n,)``; ones without a norm."""
-    return norm_scale(norm, channels).square()
-
-
-def norm_scale(norm: nn.Module | None, channels: int) -> Tensor:
-    """Factor by which a batch norm in evaluation mode scales each channel, ``(n,)``; ones without a norm."""
-    variance = getattr(norm, "running_var", None)
-    if not isinstance(variance, Tensor):
-        return torch.ones(channels)
-    scale, eps = getattr(norm, "weight", None), getattr(norm, "eps", 0.0)
-    deviation = (variance.double() + eps).sqrt()
-    return (scale.detach().double() if isinstance(scale, Tensor) else 1.0) / deviation
+    made = [unit(x) for x in inputs]
+    if unit.spec.placement == "paper" and norm is not None:
+        targets, norm = [norm(y) for y in targets], None
+    weight = channel_weight(norm, unit.out_channels)
+    missed, all_of_it = (
+        float((_moments_of(maps)[1].to(weight) * weight).sum())
+        for maps in ([y - z for y, z in zip(targets, made, strict=True)], targets)
+    )
+    return missed / all_of_it if all_of_it > 0 else 0.0
 
 
 def _solve_primary(
@@ -121,7 +109,7 @@ def _solve_primary(
     window, groups = Window.of(conv), conv.groups
     if not is_plain(conv, inputs[0]):
         return
-    rows_wanted = _CHOICE_ROWS + _PRIMARY_ROWS_PER_UNKNOWN * conv.weight[0].numel()
+    rows_wanted = _PRIMARY_ROWS + _PRIMARY_ROWS_PER_UNKNOWN * conv.weight[0].numel()
     channels = unit.layout()[intrinsic_positions(unit.spec, unit.out_channels, groups)].to(inputs[0].device)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,7 +148,7 @@ def solve_cheap(
     parents = unit.parents().to(inputs[0].device)
     layout = unit.layout().to(inputs[0].device)
     channels = layout[unit.intrinsic_channels :] if fusion == "concat" else layout
-    share = _share(targets, 2 * _CHOICE_ROWS)
+    share = _share(targets, 2 * rows_for(unit.out_channels))
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for x, target in zip(inputs, targets, strict=True):

@@ -7,7 +7,8 @@ the student in place. ``INITIALISERS`` holds those that have a name; a function 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion.fitting import channel_weight, fit_unit, norm_scale
+from ghostify.conversion.fitting import fit_unit, left_over
 from ghostify.conversion.refinement import refine_unit
 from ghostify.conversion.sensitivity import channel_metrics
 from ghostify.conversion.tails import Tail
@@ -24,8 +25,22 @@ from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels, white_explained
 from ghostify.errors import InputsError
 from ghostify.nn.ghost import GhostConv
+from ghostify.planning.explained import channel_weight, norm_scale
 from ghostify.spec import Decision, Plan
 from ghostify.tracing import Example, Trace, unmarked
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well the start of a Ghost unit fits its layer.
+
+    Attributes:
+        explained: Share of the layer's variance that cheap kernels on its chosen channels explain.
+        error: Share of it that the started unit misses, on the inputs that it gets in the converted model.
+    """
+
+    explained: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Conversion:
         student: The converted model, in evaluation mode; its Ghost units are to be started.
         chunks: Calibration inputs, on the model's device; empty if there are none.
         seed: Seed of everything that is random.
+        fits: By site, how well the start fits it; an initialiser that knows writes it down here.
     """
 
     plan: Plan
@@ -45,6 +61,7 @@ class Conversion:
     student: nn.Module
     chunks: list[Example]
     seed: int
+    fits: dict[str, Fit] = field(default_factory=dict)
 
     @property
     def decisions(self) -> dict[str, Decision]:
@@ -72,6 +89,8 @@ Initialiser = Callable[[Conversion], None]
 
 # A norm's squared scale below this share of the mean counts as nearly muting its channel.
 _MUTED = 0.01
+# Images on which the error of a fit is measured.
+_ERROR_IMAGES = 128
 
 
 def random(conversion: Conversion) -> None:
@@ -112,7 +131,7 @@ def weights(conversion: Conversion) -> None:
 def least_squares(conversion: Conversion) -> None:
     """Chosen filters; cheap kernels solved for each layer alone, on the teacher's own activations."""
     for visit in _visits(conversion, student=conversion.facts.model):
-        _fit(conversion, visit, refit_primary=False)
+        _fit(conversion, visit, refit_primary=False).note(conversion)
 
 
 def sequential(conversion: Conversion) -> None:
@@ -123,7 +142,7 @@ def sequential(conversion: Conversion) -> None:
     a residual block also makes up for the drift of the shortcut.
     """
     for visit in _visits(conversion, student=conversion.student):
-        _fit(conversion, visit, refit_primary=True)
+        _fit(conversion, visit, refit_primary=True).note(conversion)
 
 
 def alternating(conversion: Conversion) -> None:
@@ -135,18 +154,18 @@ def alternating(conversion: Conversion) -> None:
     generator = torch.Generator().manual_seed(conversion.seed)
     metrics = channel_metrics(conversion.facts.model, conversion.plan, conversion.chunks, generator)
     for visit in _visits(conversion, student=conversion.student):
-        inputs, targets, seeded = _fit(conversion, visit, refit_primary=True)
-        decision = visit.decision
+        fitted, decision = _fit(conversion, visit, refit_primary=True), visit.decision
         refine_unit(
             conversion.unit(decision),
             conversion.original(decision),
             conversion.norm(decision),
             _batched_tail(visit.tail, decision),
-            inputs=inputs,
-            targets=targets,
+            inputs=fitted.inputs,
+            targets=fitted.targets,
             metric=metrics.get(decision.site.name),
-            generator=seeded,
+            generator=fitted.generator,
         )
+        fitted.note(conversion)
 
 
 INITIALISERS: dict[str, Initialiser] = {
@@ -183,14 +202,35 @@ def _fitted(conversion: Conversion, decision: Decision) -> Iterator[nn.Module]:
         yield norm
 
 
-def _fit(
-    conversion: Conversion, visit: Visit, *, refit_primary: bool
-) -> tuple[list[Tensor], list[Tensor], torch.Generator]:
-    """Fit the unit at a site.
+@dataclass(frozen=True)
+class _Fitted:
+    """A unit that was fitted.
 
-    Returns:
-        Its inputs and its targets, corrected by the shortcut's drift, and the generator that picks samples of them.
+    Attributes:
+        decision: What the plan says of it.
+        inputs: What it gets.
+        targets: What it should make, corrected by the shortcut's drift.
+        explained: As in [Fit][ghostify.conversion.Fit].
+        generator: Picks samples.
     """
+
+    decision: Decision
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    explained: float
+    generator: torch.Generator
+
+    def note(self, conversion: Conversion) -> None:
+        """Measure what is missed on the first inputs, and write it down."""
+        unit, chain = conversion.unit(self.decision), self.decision.site.chain
+        norm = conversion.facts.model.get_submodule(chain.norm) if chain is not None and chain.norm else None
+        count = sum(total <= _ERROR_IMAGES for total in accumulate((len(x) for x in self.inputs), initial=0))
+        error = left_over(unit, norm, self.inputs[:count], self.targets[:count])
+        conversion.fits[self.decision.site.name] = Fit(self.explained, error)
+
+
+def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> _Fitted:
+    """Fit the unit at a site."""
     decision = visit.decision
     norm = conversion.norm(decision)
     targets = visit.targets
@@ -207,8 +247,10 @@ def _fit(
     inputs = [_batched(x, decision) for x in visit.inputs]
     targets = [_batched(y, decision) for y in targets]
     generator = torch.Generator().manual_seed(conversion.seed)
-    fit_unit(unit, conv, norm, inputs=inputs, targets=targets, refit_primary=refit_primary, generator=generator)
-    return inputs, targets, generator
+    explained = fit_unit(
+        unit, conv, norm, inputs=inputs, targets=targets, refit_primary=refit_primary, generator=generator
+    )
+    return _Fitted(decision, inputs, targets, explained, generator)
 
 
 def _batched(maps: Tensor, decision: Decision) -> Tensor:

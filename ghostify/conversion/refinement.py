@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion.fitting import by_group, channel_view, is_plain, norm_scale, running_mean, solve_cheap
-from ghostify.conversion.statistics import Window, sample_pixels
+from ghostify.conversion.fitting import by_group, channel_view, is_plain, running_mean, solve_cheap
 from ghostify.conversion.tails import Tail
 from ghostify.nn.ghost import GhostConv
+from ghostify.planning.explained import norm_scale
+from ghostify.planning.statistics import Window, sample_pixels
 
 _ROUNDS = 4
 # Steps of conjugate gradients a round; they start from, and are preconditioned by, the layer's own second moments.
 _STEPS = 6
 # Share of the mean diagonal of the Gram matrix that holds the primary to what it was; see docs/decisions.md.
 _RIDGE = 3e-3
-# Samples: pixels, some for every unknown of a filter, and images enough to differ from each other.
-_PIXELS, _PIXELS_PER_UNKNOWN, _FEWEST_IMAGES = 40_000, 16, 128
+# Samples: pixels, some for every unknown of a filter; more images if the numbers of their maps are no more than these.
+_PIXELS, _PIXELS_PER_UNKNOWN, _IMAGES, _NUMBERS = 40_000, 16, 128, 16_000_000
 # Numbers in the largest tensor of a part: 128 MB.
 _LARGEST_PART = 32_000_000
 # Added to every channel's weight, as a share of the mean, though its norm mutes it.
@@ -143,9 +144,10 @@ def _sampled(
     size = math.prod(targets[0].shape[2:])
     total = sum(len(x) for x in inputs)
     pixels = _PIXELS + _PIXELS_PER_UNKNOWN * conv.weight[0].numel()
-    count = min(total, max(_FEWEST_IMAGES, math.ceil(pixels / size)))
+    numbers = inputs[0][0].numel() + targets[0][0].numel()
+    count = min(total, max(math.ceil(pixels / size), min(_IMAGES, _NUMBERS // numbers)))
     images = torch.randperm(total, generator=generator)[:count].sort().values
-    part = max(1, _LARGEST_PART // max(inputs[0][0].numel(), targets[0][0].numel()))
+    part = max(1, _LARGEST_PART // numbers)
 
     def sampled(chunks: list[Tensor]) -> list[Tensor]:
         starts = torch.tensor([0, *(len(chunk) for chunk in chunks)]).cumsum(0).tolist()

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import inspect
 import reprlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
 from ghostify.conversion.channel_order import fold_orders
-from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
+from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Fit, Initialiser
 from ghostify.conversion.verification import verify
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError, TraceError
 from ghostify.nn.ghost import GhostConv
-from ghostify.planning import Override, chosen_spec, override_specs, plan_traced, skip_patterns
+from ghostify.planning import Override, check_keep_options, chosen_spec, override_specs, plan_traced, skip_patterns
 from ghostify.planning.cost import ghost_macs, ghost_params
 from ghostify.planning.rules import saves_nothing
 from ghostify.spec import Decision, GhostSpec, Plan
@@ -35,7 +36,11 @@ from ghostify.tracing import (
     unmarked,
     unwrapped,
 )
+from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
 from ghostify.tracing.graph import FUNCTIONS
+
+# A unit that misses more of its layer's variance is warned of.
+_POOR = 0.5
 
 
 def convert(
@@ -46,6 +51,7 @@ def convert(
     spec: GhostSpec | None = None,
     skip: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
+    keep: float | None = None,
     calibration: Calibration | None = None,
     images: int = MOST_IMAGES,
     initialiser: str | Initialiser | None = None,
@@ -67,7 +73,9 @@ def convert(
     start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model, images)
     facts = _facts(model, example_inputs, chunks)
-    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default))
+    if keep is not None:
+        check_keep_options(keep, ratio, chunks)
+    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks)
     return _apply(plan, facts if plan.lifted else facts.unlifted or facts, chunks, start, seed)
 
 
@@ -215,7 +223,9 @@ def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, 
     with torch.inference_mode(False):  # parameters made in it could never be trained
         student = _copy_with_units(facts.model, plan.replaced, plan, seed)
         with evaluating(student):
-            start(Conversion(plan, facts, student, chunks, seed))
+            conversion = Conversion(plan, facts, student, chunks, seed)
+            start(conversion)
+    student.ghostify_plan = with_fits(plan, conversion.fits)  # type: ignore[assignment]
     for decision in plan.replaced:
         # Modules that the initialiser made anew know only the evaluation mode of the moment.
         mode = facts.model.get_submodule(decision.site.name).training
@@ -230,6 +240,23 @@ def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, 
         verify(student, plan, facts)
         fold_orders(student, plan, facts)
     return student
+
+
+def with_fits(plan: Plan, fits: Mapping[str, Fit]) -> Plan:
+    """The plan with what is known of the start at every site; warns of sites where little is left."""
+    decisions = tuple(
+        replace(d, explained=fits[d.site.name].explained, error=fits[d.site.name].error) if d.site.name in fits else d
+        for d in plan
+    )
+    poor = [f"{name} ({fits[name].error:.0%})" for name in fits if fits[name].error > _POOR]
+    if poor:
+        warnings.warn(
+            f"{len(poor)} of {len(fits)} Ghost units start with more than {_POOR:.0%} of their layer's variance "
+            f"missed: {', '.join(poor[:5])}{', …' if len(poor) > 5 else ''}. Give them a lower ratio (overrides), or "
+            "let plan(keep=…) choose the ratios; else much is left to the distillation.",
+            stacklevel=3,
+        )
+    return replace(plan, decisions=decisions)
 
 
 def _check_values(plan: Plan, model: nn.Module) -> None:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion.choice import choose_layout
-from ghostify.conversion.statistics import ridge_solve
 from ghostify.nn.ghost import GhostConv
 from ghostify.nn.layout import intrinsic_positions
 from ghostify.nn.selection import filters_of
+from ghostify.planning.choice import choose_layout
+from ghostify.planning.statistics import ridge_solve
 
 _RIDGE = 1e-4
 

@@ -14,9 +14,11 @@ from torch import nn
 
 from ghostify.errors import NothingToConvertError, OptionError, PatternError
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
+from ghostify.planning.keeping import RATIOS, check_keep_options, with_ratios
 from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
 from ghostify.spec import ChannelOrder, Decision, GhostSpec, Plan, Site
-from ghostify.tracing import ExampleInputs, Streams, Trace, fingerprint, trace
+from ghostify.tracing import Example, ExampleInputs, Streams, Trace, fingerprint, trace
+from ghostify.tracing.calibration import Calibration, calibration_chunks
 
 Override = float | GhostSpec | None
 
@@ -29,6 +31,8 @@ def plan(
     spec: GhostSpec | None = None,
     skip: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
+    keep: float | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Decide for every convolution of a model whether and how a Ghost unit replaces it.
 
@@ -44,12 +48,15 @@ def plan(
         overrides: By name or pattern, for single sites: a ratio, a [GhostSpec][ghostify.GhostSpec], or
             ``None`` to keep the site. An override outranks ``skip`` and the habit of keeping the
             first and the output layer; of several that match, the last one counts.
+        keep: In place of a ratio: every site gets the largest one out of 1.1, 1.25, 1.5, 2, 3 and 4 at which
+            so much of its output's variance can still be expressed, 0 to 1; or it stays as it is.
+        calibration: With ``keep``: a few hundred inputs, as [apply][ghostify.apply] takes them.
 
     Returns:
         The plan; print it.
 
     Raises:
-        OptionError: A ratio or another option is out of range.
+        OptionError: A ratio or another option is out of range, or ``keep`` has no calibration inputs.
         InputsError: There are no example inputs.
         TraceError: The model does not run on them.
         PatternError: A pattern matches no convolution.
@@ -63,8 +70,26 @@ def plan(
         (18, 269722, 139114)
     """
     default = chosen_spec(ratio, spec)
-    skipped = skip_patterns(skip)
-    return plan_traced(trace(model, example_inputs), default, skipped, override_specs(overrides, default))
+    chunks = _chunks_for(keep, ratio, calibration, model)
+    facts = trace(model, example_inputs if example_inputs is not None or not chunks else chunks[0])
+    return plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks)
+
+
+def _chunks_for(
+    keep: float | None, ratio: float | None, calibration: Calibration | None, model: nn.Module
+) -> list[Example]:
+    """The inputs on which ``keep`` is measured.
+
+    Raises:
+        OptionError: There are none, or a ratio is given besides, or inputs that nothing is measured on.
+    """
+    if keep is None:
+        if calibration is not None:
+            raise OptionError("calibration is given without keep=…: a plan with a fixed ratio measures nothing on it.")
+        return []
+    chunks = calibration_chunks(calibration, model)
+    check_keep_options(keep, ratio, chunks)
+    return chunks
 
 
 def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:
@@ -83,7 +108,12 @@ def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:
 
 
 def plan_traced(
-    facts: Trace, default: GhostSpec, skip: Iterable[str], overrides: Mapping[str, GhostSpec | None]
+    facts: Trace,
+    default: GhostSpec,
+    skip: Iterable[str],
+    overrides: Mapping[str, GhostSpec | None],
+    keep: float | None = None,
+    chunks: Sequence[Example] = (),
 ) -> Plan:
     """The same from facts that are known already; see [plan][ghostify.plan] for the arguments."""
     skip = list(skip)
@@ -91,9 +121,9 @@ def plan_traced(
     for option, patterns in (("skip", skip), ("overrides", list(overrides))):
         for pattern in patterns:
             _check_pattern(option, pattern, names)
-    made = _decided(facts, default, skip, overrides)
+    made = _decided(facts, default, skip, overrides, keep, chunks)
     if facts.unlifted is not None and not any(decision.site.name in facts.lifted for decision in made.replaced):
-        made = _decided(facts.unlifted, default, skip, overrides)  # the model can stay of its own class
+        made = _decided(facts.unlifted, default, skip, overrides, keep, chunks)  # the model can stay of its own class
     if not made.replaced:
         reasons = Counter(decision.reason for decision in made)
         raise NothingToConvertError(
@@ -104,8 +134,23 @@ def plan_traced(
     return made
 
 
-def _decided(facts: Trace, default: GhostSpec, skip: list[str], overrides: Mapping[str, GhostSpec | None]) -> Plan:
-    decisions = [_decide(site, default, skip, overrides) for site in facts.sites]
+def _decided(
+    facts: Trace,
+    default: GhostSpec,
+    skip: list[str],
+    overrides: Mapping[str, GhostSpec | None],
+    keep: float | None,
+    chunks: Sequence[Example],
+) -> Plan:
+    if keep is None:
+        decisions = [_decide(site, default, skip, overrides) for site in facts.sites]
+    else:
+        specs = [replace(default, ratio=ratio) for ratio in RATIOS]
+        options = [
+            [_decide(site, spec, skip, overrides) for spec in specs[: 1 if _matching(site, overrides) else None]]
+            for site in facts.sites
+        ]
+        decisions = with_ratios(options, keep, default, facts, list(chunks))
     return Plan(
         model=type(facts.model).__name__,
         fingerprint=fingerprint(facts.model),
@@ -130,7 +175,7 @@ def _decide(site: Site, default: GhostSpec, skip: list[str], overrides: Mapping[
     for rule in OBSTACLES:
         if reason := rule(site):
             return keep(reason)
-    matching = [pattern for pattern in overrides if fnmatchcase(site.name, pattern)]
+    matching = _matching(site, overrides)
     if matching:
         override = overrides[matching[-1]]
         if override is None:
@@ -148,6 +193,10 @@ def _decide(site: Site, default: GhostSpec, skip: list[str], overrides: Mapping[
     if reason := saves_nothing(site, spec, macs):
         return keep(reason)
     return Decision(site, spec, remark, site.params, ghost_params(site, spec), macs, ghost_macs(site, spec))
+
+
+def _matching(site: Site, overrides: Mapping[str, GhostSpec | None]) -> list[str]:
+    return [pattern for pattern in overrides if fnmatchcase(site.name, pattern)]
 
 
 def with_orders(decisions: Sequence[Decision], streams: Streams) -> tuple[Decision, ...]:

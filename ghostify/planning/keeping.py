@@ -1,0 +1,74 @@
+"""Ratios by quality: every site gets the largest ratio at which enough of its output can still be expressed."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ghostify.errors import OptionError
+from ghostify.planning.choice import choose_layout
+from ghostify.planning.explained import kept_share, site_shares
+from ghostify.spec import Decision, GhostSpec
+from ghostify.tracing import Example, Trace
+
+RATIOS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
+
+
+def check_keep_options(keep: float, ratio: float | None, chunks: Sequence[Example]) -> None:
+    """Raise OptionError unless ``keep`` is a share that can be measured, and alone decides the ratios."""
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not 0 < keep <= 1:
+        raise OptionError(
+            f"keep={keep!r} is no share of a layer's variance: pass a number above 0 and at most 1, such as 0.98."
+        )
+    if ratio is not None:
+        raise OptionError(f"keep={keep!r} and ratio={ratio!r} are both given, and keep chooses the ratios. Pass one.")
+    if not chunks:
+        raise OptionError(f"keep={keep!r} needs calibration inputs. Pass calibration=images (a few hundred).")
+
+
+def with_ratios(
+    options: Sequence[Sequence[Decision]], keep: float, spec: GhostSpec, facts: Trace, chunks: list[Example]
+) -> list[Decision]:
+    """Choose for every site among its decisions at several ratios.
+
+    Args:
+        options: For every site its decisions in the order of ``RATIOS``; one alone is taken as it is.
+        keep: The share of a layer's variance that must be left.
+        spec: Gives all but the ratio.
+        facts: The original with its facts.
+        chunks: Calibration inputs.
+    """
+    open_sites = [some[0].site for some in options if len(some) > 1 and any(option.replaced for option in some)]
+    shares = {site.name: explained for site, explained in site_shares(facts, open_sites, spec, chunks)}
+    return [
+        _largest(some, keep, shares[some[0].site.name]) if some[0].site.name in shares else some[0] for some in options
+    ]
+
+
+def _largest(some: Sequence[Decision], keep: float, explained: Tensor) -> Decision:
+    best: Decision | None = None
+    nearest: Decision | None = None
+    for decision in some:
+        spec, site = decision.spec, decision.site
+        if spec is None:
+            continue
+        share = kept_share(explained, choose_layout(explained, spec, site.groups), spec, site.groups)
+        measured = replace(decision, explained=share)
+        nearest = nearest if nearest is not None and (nearest.explained or 0) >= share else measured
+        if share >= keep:
+            best = measured
+    if best is not None:
+        return best
+    assert nearest is not None  # the caller has looked: some ratio is possible
+    assert nearest.spec is not None
+    return replace(
+        nearest,
+        spec=None,
+        reason=f"would keep {nearest.explained:.1%} at ratio {nearest.spec.ratio:g}".replace("%", " %"),
+        params_after=nearest.params_before,
+        macs_after=nearest.macs_before,
+        explained=None,
+    )
