@@ -15,6 +15,28 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from ghostify.cli_options import (  # fmt: skip
+    Batch,
+    CalibrationData,
+    Data,
+    DwSize,
+    Fusion,
+    Images,
+    Json,
+    Keep,
+    Model,
+    OptionalData,
+    Overrides,
+    Placement,
+    Pretrained,
+    Ratio,
+    Seed,
+    Shape,
+    Skip,
+    Student,
+    Weights,
+    read_overrides,
+)
 from ghostify.conversion import INITIALISERS, apply
 from ghostify.deployment import export_onnx, load, save
 from ghostify.deployment.artefact import check_replaceable, model_plan
@@ -24,7 +46,7 @@ from ghostify.distillation.history import read_history
 from ghostify.distillation.images import ImageBatches
 from ghostify.errors import GhostifyError, InputsError, OptionError
 from ghostify.files import atomic_file
-from ghostify.planning import Override, plan
+from ghostify.planning import plan
 from ghostify.reporting import compare
 from ghostify.spec import GhostSpec, Plan
 from ghostify.zoo import input_shape, load_model
@@ -37,33 +59,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory")]
-Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a converted model")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="file of trained weights for MODEL")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="take the library's own trained weights")]
-Shape = Annotated[str | None, typer.Option("--input-shape", help="shape of one input, such as 3,224,224")]
-Ratio = Annotated[float, typer.Option("--ratio", "-s", help="output channels / intrinsic channels, ≥ 1")]
-DwSize = Annotated[int, typer.Option("--dw-size", "-d", help="side of the depthwise kernels, odd")]
-Fusion = Annotated[str, typer.Option("--fusion", help="concat, add or mul")]
-Placement = Annotated[str, typer.Option("--placement", help="linear or paper")]
-Skip = Annotated[list[str] | None, typer.Option("--skip", help="name or pattern of layers to keep; repeatable")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--override", help="PATTERN=RATIO, or PATTERN=keep, for single layers; repeatable")
-]
-Data = Annotated[str, typer.Option("--data", help="digits, mnist, parquet:FOLDER or package.module:factory")]
-OptionalData = Annotated[str | None, typer.Option("--data", help="score on the test part of this data set")]
-Keep = Annotated[
-    float | None,
-    typer.Option("--keep", help="in place of --ratio: share of each layer's variance to keep; needs --calibration"),
-]
-CalibrationData = Annotated[
-    str | None, typer.Option("--calibration", help="data set to measure and start the new layers on, as --data")
-]
-Images = Annotated[int, typer.Option("--images", min=1, help="how many of its training images")]
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="images in a batch")]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="of everything random")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on standard output")]
 
 
 @app.command(
@@ -96,7 +91,7 @@ def plan_command(
         example_inputs=inputs[:1] if inputs is not None else _example(network, model, input_shape),
         spec=_spec(ratio, dw_size, fusion, placement),
         skip=skip or (),
-        overrides=_overrides(override),
+        overrides=read_overrides(override),
         keep=keep,
         calibration=inputs,
     )
@@ -142,7 +137,7 @@ def convert_command(
             example_inputs=example,
             spec=_spec(ratio, dw_size, fusion, placement),
             skip=skip or (),
-            overrides=_overrides(override),
+            overrides=read_overrides(override),
             keep=keep,
             calibration=inputs if keep is not None else None,
         )
@@ -318,20 +313,6 @@ def _spec(ratio: float, dw_size: int, fusion: str, placement: str) -> GhostSpec:
     return GhostSpec(ratio, dw_size, fusion, placement)  # type: ignore[arg-type]
 
 
-def _overrides(texts: list[str] | None) -> dict[str, Override]:
-    """Read ``PATTERN=RATIO`` and ``PATTERN=keep``."""
-    read: dict[str, Override] = {}
-    for text in texts or []:
-        pattern, equals, value = text.rpartition("=")
-        if not equals or not pattern:
-            raise OptionError(f"override={text!r} has no '='. Write PATTERN=RATIO or PATTERN=keep, as in 'layer4.*=3'.")
-        try:
-            read[pattern] = None if value == "keep" else float(value)
-        except ValueError as error:
-            raise OptionError(f"override={text!r}: {value!r} is neither a ratio nor 'keep'.") from error
-    return read
-
-
 def _example(model: nn.Module, name: str, shape: str | None) -> Tensor:
     """One random input of the shape that was given, or that the model's library tells."""
     if shape is None:
@@ -366,6 +347,4 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputsError(
-            f"path={str(path)!r} cannot be read: {error}. Name a file that was written by ghostify."
-        ) from error
+        raise InputsError(f"path={str(path)!r} cannot be read: {error}. Name a file that ghostify wrote.") from error

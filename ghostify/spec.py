@@ -31,11 +31,10 @@ class GhostSpec:
     Attributes:
         ratio: Output channels divided by intrinsic channels (``s`` in the paper), any number ≥ 1.
         dw_size: Side of the cheap operation's depthwise kernel (``d`` in the paper), odd.
-        fusion: How the branches meet. ``concat`` is the paper's; ``add`` and ``mul`` repeat the
-            ``⌈n/s⌉`` primary maps and add or multiply one depthwise map for every output channel.
-        placement: ``linear``: the cheap operation reads the raw primary map, and the network's own
-            norm and activation stay outside. ``paper``: a norm inside each branch, and the cheap
-            operation reads the activated map.
+        fusion: How the branches meet. ``concat`` is the paper's; ``add`` and ``mul`` repeat the ``⌈n/s⌉`` primary maps
+            and add or multiply one depthwise map for every output channel.
+        placement: ``linear``: the cheap operation reads the raw primary map, and the network's own norm and activation
+            stay outside. ``paper``: a norm inside each branch, and the cheap operation reads the activated map.
 
     Raises:
         OptionError: A value is outside its range.
@@ -152,7 +151,7 @@ class Site:
         order: Position among all sites in order of first execution; -1 if never called.
         obstacle: Why the module cannot be replaced without changing its meaning; empty if it can.
         chain: What follows; ``None`` where the graph is unknown.
-        transposed: Whether it is a transposed convolution, which spreads inputs instead of gathering them.
+        transposed: Whether it is a transposed convolution.
     """
 
     name: str
@@ -198,12 +197,9 @@ class Decision:
         params_after: Parameters of what replaces it.
         macs_before: Multiply-accumulates of all its calls, batch 1, no bias.
         macs_after: The same of what replaces it.
-        order: How a Ghost unit's channels get where they belong: ``folded`` into the layers that read
-            them, at no cost; or by an ``index`` at every run, where not all of these are known or several
-            Ghost units write the same channels. Empty where the site is kept.
-        explained: Share of the layer's variance (behind its norm, on calibration inputs) that is left
-            if the chosen channels stay and cheap kernels make the others, 0 to 1; ``None`` if not measured.
-        error: Share of it that the started Ghost unit misses in the converted model, 0 or more; likewise.
+        order: Of a Ghost unit's channels: ``folded`` into the layers that read them, or an ``index`` at every run.
+        explained: Share of the layer's variance behind its norm that chosen channels and cheap kernels can make.
+        error: Share of it that the started Ghost unit misses in the converted model.
     """
 
     site: Site
@@ -229,24 +225,20 @@ class Decision:
 class Plan:
     """For every convolution of a model: replace it (how) or keep it (why).
 
-    Print it to read it; ``to_json`` and ``from_json`` store it. Made by [ghostify.plan][],
-    carried out by [ghostify.apply][].
+    Print it to read it; ``to_json`` and ``from_json`` store it. Made by [ghostify.plan][], used by [ghostify.apply][].
 
     Attributes:
         model: Class name of the model it was made for.
         fingerprint: Hash of the model's structure (names and shapes of its state).
-        trace_way: How the facts were found: ``fx`` (symbolic graph and a recorded run) or
-            ``recorded`` (a recorded run alone, where FX cannot trace; nothing is known of what
-            follows a site).
+        trace_way: How the facts were found: ``fx`` (symbolic graph and a recorded run) or ``recorded`` (a recorded
+            run alone, where FX cannot trace; nothing is known of what follows a site).
         trace_note: Why FX could not trace; empty if it could.
         input_shapes: Shapes of the example inputs, with the batch dimension.
         params: Parameters of the whole original model.
         macs: Multiply-accumulates of the whole original model, batch 1: convolutions and linear layers.
-        uncounted: Operations outside the definition of MACs (attention products, say), with their
-            multiply-accumulates; ``None`` where torch has no formula for them.
+        uncounted: Operations outside the definition of MACs, with theirs; ``None`` where torch has no formula.
         decisions: One for every convolution, in order of execution.
-        lifted: Names of convolutions that the model calls as functions. They are modules in the
-            converted model, which therefore is a ``torch.fx.GraphModule``.
+        lifted: Convolutions that the model calls as functions; modules of a converted ``torch.fx.GraphModule``.
         arguments: Names of the arguments of the model's forward that the example inputs gave.
     """
 
@@ -305,10 +297,8 @@ class Plan:
             [
                 d.site.name,
                 d.site.shape,
-                "ghost" if d.replaced else "keep",
-                str(d.spec) if d.spec else "",
-                _arrow(d.params_before, d.params_after),
-                _arrow(d.macs_before, d.macs_after),
+                *(("ghost", str(d.spec)) if d.spec else ("keep", "")),
+                *(_arrow(*pair) for pair in ((d.params_before, d.params_after), (d.macs_before, d.macs_after))),
                 d.order,
                 *(_percent(getattr(d, name)) for name in measured),
                 d.reason,
@@ -327,8 +317,8 @@ class Plan:
         ]
         if self.trace_way == "recorded":
             lines.append(f"facts   from a recorded run, because FX could not trace the model: {self.trace_note}")
-            lines.append("        (shapes and costs are as sure as with FX; what follows a layer is not known,")
-            lines.append("        so norms stay outside the units, and the output layer is not recognised)")
+            lines.append("        (shapes and costs are as sure as with FX; what follows a layer is not known, so")
+            lines.append("        norms stay outside the units, and the output layer is not recognised)")
         if self.lifted:
             lines.append(
                 f"graph   changed: {len(self.lifted)} convolutions are called as functions, and become modules of a "

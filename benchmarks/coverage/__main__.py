@@ -13,7 +13,6 @@ extras models and onnx.
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import warnings
 from contextlib import suppress
@@ -34,6 +33,7 @@ from benchmarks.coverage.page import page
 from benchmarks.coverage.processes import Limits
 from benchmarks.coverage.rows import LISTED, document, read_rows
 from benchmarks.coverage.sweep import Onnx, Sweep
+from benchmarks.hardware import processor
 from ghostify._torchvision import import_torchvision
 from ghostify.files import atomic_file
 
@@ -61,13 +61,9 @@ def maker() -> dict[str, str]:
             ["git", "rev-parse", "--short", "HEAD:ghostify"], cwd=ROOT, capture_output=True, check=True
         )
         versions["ghostify"] += f" (tree {tree.stdout.decode().strip()})"
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return {
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "hardware": f"{name}, no GPU",
+        "hardware": f"{processor()}, no GPU",
         "date": date.today().isoformat(),
     }
 

@@ -1,6 +1,7 @@
 """Carrying out a plan: replacing modules, and starting the new ones from the old weights."""
 
-from ghostify.conversion.initialisers import INITIALISERS, Conversion, Fit, Initialiser
+from ghostify.conversion.fits import Fit
+from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser
 from ghostify.conversion.rewriter import apply, as_planned, check_fits, convert, rebuild
 from ghostify.tracing.calibration import Calibration
 

@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ghostify.conversion.fits import Fit
 from ghostify.conversion.fitting import fit_unit, left_over
 from ghostify.conversion.refinement import refine_unit
 from ghostify.conversion.sensitivity import channel_metrics
@@ -28,19 +29,6 @@ from ghostify.nn.ghost import GhostConv
 from ghostify.planning.explained import channel_weight, norm_scale
 from ghostify.spec import Decision, Plan
 from ghostify.tracing import Example, Trace, unmarked
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How well the start of a Ghost unit fits its layer.
-
-    Attributes:
-        explained: Share of the layer's variance that cheap kernels on its chosen channels explain.
-        error: Share of it that the started unit misses, on the inputs that it gets in the converted model.
-    """
-
-    explained: float
-    error: float
 
 
 @dataclass(frozen=True)

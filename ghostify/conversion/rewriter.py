@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import reprlib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.channel_order import fold_orders
-from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Fit, Initialiser
+from ghostify.conversion.fits import with_fits
+from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
 from ghostify.conversion.verification import verify
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError, TraceError
 from ghostify.nn.ghost import GhostConv
@@ -38,9 +37,6 @@ from ghostify.tracing import (
 )
 from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
 from ghostify.tracing.graph import FUNCTIONS
-
-# A unit that misses more of its layer's variance is warned of.
-_POOR = 0.5
 
 
 def convert(
@@ -240,23 +236,6 @@ def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, 
         verify(student, plan, facts)
         fold_orders(student, plan, facts)
     return student
-
-
-def with_fits(plan: Plan, fits: Mapping[str, Fit]) -> Plan:
-    """The plan with what is known of the start at every site; warns of sites where little is left."""
-    decisions = tuple(
-        replace(d, explained=fits[d.site.name].explained, error=fits[d.site.name].error) if d.site.name in fits else d
-        for d in plan
-    )
-    poor = [f"{name} ({fits[name].error:.0%})" for name in fits if fits[name].error > _POOR]
-    if poor:
-        warnings.warn(
-            f"{len(poor)} of {len(fits)} Ghost units start with more than {_POOR:.0%} of their layer's variance "
-            f"missed: {', '.join(poor[:5])}{', …' if len(poor) > 5 else ''}. Give them a lower ratio (overrides), or "
-            "let plan(keep=…) choose the ratios; else much is left to the distillation.",
-            stacklevel=3,
-        )
-    return replace(plan, decisions=decisions)
 
 
 def _check_values(plan: Plan, model: nn.Module) -> None:

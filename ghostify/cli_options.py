@@ -1,0 +1,52 @@
+"""Options that several sub-commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ghostify.errors import OptionError
+from ghostify.planning import Override
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory")]
+Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a converted model")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="file of trained weights for MODEL")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="take the library's own trained weights")]
+Shape = Annotated[str | None, typer.Option("--input-shape", help="shape of one input, such as 3,224,224")]
+Ratio = Annotated[float, typer.Option("--ratio", "-s", help="output channels / intrinsic channels, ≥ 1")]
+DwSize = Annotated[int, typer.Option("--dw-size", "-d", help="side of the depthwise kernels, odd")]
+Fusion = Annotated[str, typer.Option("--fusion", help="concat, add or mul")]
+Placement = Annotated[str, typer.Option("--placement", help="linear or paper")]
+Skip = Annotated[list[str] | None, typer.Option("--skip", help="name or pattern of layers to keep; repeatable")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--override", help="PATTERN=RATIO, or PATTERN=keep, for single layers; repeatable")
+]
+Data = Annotated[str, typer.Option("--data", help="digits, mnist, parquet:FOLDER or package.module:factory")]
+OptionalData = Annotated[str | None, typer.Option("--data", help="score on the test part of this data set")]
+Keep = Annotated[
+    float | None,
+    typer.Option("--keep", help="in place of --ratio: share of each layer's variance to keep; needs --calibration"),
+]
+CalibrationData = Annotated[
+    str | None, typer.Option("--calibration", help="data set to measure and start the new layers on, as --data")
+]
+Images = Annotated[int, typer.Option("--images", min=1, help="how many of its training images")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="images in a batch")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="of everything random")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on standard output")]
+
+
+def read_overrides(texts: list[str] | None) -> dict[str, Override]:
+    """Read ``PATTERN=RATIO`` and ``PATTERN=keep``."""
+    read: dict[str, Override] = {}
+    for text in texts or []:
+        pattern, equals, value = text.rpartition("=")
+        if not equals or not pattern:
+            raise OptionError(f"override={text!r} has no '='. Write PATTERN=RATIO or PATTERN=keep, as in 'layer4.*=3'.")
+        try:
+            read[pattern] = None if value == "keep" else float(value)
+        except ValueError as error:
+            raise OptionError(f"override={text!r}: {value!r} is neither a ratio nor 'keep'.") from error
+    return read
