@@ -142,11 +142,7 @@ class _Search:
         self.fixed.update(self._root(stream) for value in maps for stream in value.streams)
 
     def _unite(self, one: int, other: int) -> None:
-        one, other = self._root(one), self._root(other)
-        if one != other:
-            self.united[other] = one
-            if other in self.fixed:
-                self.fixed.add(one)
+        self.united[self._root(other)] = self._root(one)
 
     def _module(self, node: fx.Node, values: dict[fx.Node, _Maps]) -> _Maps | None:
         name, inputs = str(node.target), [values[n] for n in node.all_input_nodes if n in values]

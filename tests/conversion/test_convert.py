@@ -144,6 +144,7 @@ def test_shortcuts_are_known_before_the_layer_that_closes_the_block(monkeypatch)
         (nn.ReLU(inplace=True), (0, math.inf)),
         (nn.ReLU6(), (0, 6)),
         (nn.Hardtanh(-0.5, 0.5), (-0.5, 0.5)),
+        (nn.Hardtanh(-100, 0), (-100, 0)),
         (nn.SiLU(), (-math.inf, math.inf)),
     ],
     ids=lambda value: type(value).__name__,

@@ -129,7 +129,7 @@ class ModulesInPlace(Base):
     def forward(self, x):
         x = F.relu(self.c0(x))
         x = self.accumulate(x, self.b1(self.c1(x)))
-        y = self.b2(self.c2(F.relu(x)))
+        y = self.b2(self.c2(x))
         x = F.avg_pool2d(self.halve(x), 3, 1, 1)
         return self.head(F.relu(y + x).mean((2, 3)))
 

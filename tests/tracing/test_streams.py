@@ -136,10 +136,10 @@ def test_heads(head):
 def test_maps_flattened_before_they_are_joined_keep_their_order():
     class Two(Net):
         def forward(self, x):
-            a, b = self.a(x).flatten(1), F.max_pool2d(self.b(x), 8).flatten(1)
+            a, b = self.a(x).flatten(1), F.max_pool2d(self.b(x), 4).flatten(1)
             return self.head(torch.cat([a, b], 1))
 
-    found = streams(Two(None, head=nn.Linear(4 * 64 + 4, 2)))
+    found = streams(Two(None, head=nn.Linear(4 * 64 + 4 * 4, 2)))
     assert not free(found, "a")
     assert not free(found, "b")
 
