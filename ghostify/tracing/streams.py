@@ -257,7 +257,7 @@ class _Search:
         known = [values.get(part) for part in parts] if isinstance(parts, list | tuple) else [None]
         whole = [maps for maps in known if maps is not None]
         alike = len(whole) == len(known) and len({maps.dims for maps in whole}) == 1
-        if alike and dim in (1, 1 - whole[0].dims) and not any(maps.flat for maps in whole):
+        if alike and dim in (1, 1 - whole[0].dims):
             return _Maps(tuple(stream for maps in whole for stream in maps.streams), whole[0].dims)
         return self._unknown(whole)
 
