@@ -89,6 +89,32 @@ def layer_macs(plan: Plan) -> str:
         return save()
 
 
+def site_fits(plan: Plan) -> str:
+    """What every started Ghost unit can express of its layer and what it misses, as horizontal bars.
+
+    Args:
+        plan: That of a converted model whose start has measured them.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    measured = [d for d in plan.replaced if d.explained is not None and d.error is not None]
+    places = range(len(measured))
+    with _figure("fits", _WIDTH, 0.95 + 0.22 * max(len(measured), 3)) as (figure, save):
+        axes = figure.add_subplot()
+        lost = [100 * (1 - (d.explained or 0)) for d in measured]
+        axes.barh(places, lost, 0.78, color=ORIGINAL, label="not expressible by the chosen channels and cheap kernels")
+        axes.barh(places, [100 * (d.error or 0) for d in measured], 0.4, color=ACCENT, label="missed in its place")
+        axes.set_yticks(places, [_shortened(d.site.name) for d in measured])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(measured) - 0.4, -0.6)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("share of the layer's variance (%)")
+        axes.grid(axis="x")
+        figure.legend(loc="outside upper left", ncols=2, borderpad=0)
+        return save()
+
+
 def accuracy_against_macs(points: Sequence[Point]) -> str:
     """Top-1 accuracy over MACs; the first point is the original, the second the ghost.
 

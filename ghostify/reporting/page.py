@@ -43,6 +43,8 @@ def html(report: Report, *, points: Sequence[Point] = ()) -> str:
     plots: list[tuple[str, str]] = []
     if report.plan is not None and len(report.plan):
         plots.append(("MACs of every convolution, in order of execution", figures.layer_macs(report.plan)))
+        if any(decision.error is not None for decision in report.plan):
+            plots.append(("What every Ghost unit missed of its layer at the start", figures.site_fits(report.plan)))
     if top1 is not None:
         pair = (
             Point("original", report.original.macs, top1.original),

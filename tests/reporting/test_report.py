@@ -271,12 +271,39 @@ def test_figures_are_svg_and_the_same_every_time():
     report = sample()
     for draw in (
         lambda: figures.layer_macs(report.plan),
+        lambda: figures.site_fits(started(report.plan)),
         lambda: figures.accuracy_against_macs([Point("a", 1e6, 0.9), Point("b", 5e5, 0.89), Point("c", 6e5, 0.889)]),
         lambda: figures.training_curves(report.history, 0.9173),
     ):
         first = draw()
         assert svg_of(first).tag.endswith("svg")
         assert draw() == first
+
+
+def started(plan):
+    """A plan whose start was measured at the replaced sites."""
+    decisions = (dataclasses.replace(d, explained=0.8, error=0.1) if d.replaced else d for d in plan)
+    return dataclasses.replace(plan, decisions=tuple(decisions))
+
+
+def widths_of(svg, name):
+    patches = (
+        element.find("{*}path").get("d")
+        for element in svg_of(svg).iter("{http://www.w3.org/2000/svg}g")
+        if (element.get("id") or "").startswith(f"{name}-patch")
+    )
+    x = ([float(number) for number in re.findall(r"[ML] ([\d.]+)", path)] for path in patches)
+    return [round(max(places) - min(places), 1) for places in x]
+
+
+def test_the_bars_are_as_long_as_what_is_missed():
+    report = sample()
+    assert len(report.plan.replaced) == 1
+    widths = widths_of(figures.site_fits(started(report.plan)), "fits")
+    assert any(one == pytest.approx(2 * other, abs=0.3) for one in widths for other in widths if other > 50)
+    shown = "What every Ghost unit missed"
+    assert shown in page.html(dataclasses.replace(report, plan=started(report.plan)))
+    assert shown not in page.html(report)
 
 
 def test_the_bars_are_as_long_as_the_macs():
@@ -287,17 +314,7 @@ def test_the_bars_are_as_long_as_the_macs():
         return float(svg_of(text).get("viewBox").split()[3])
 
     assert height(many) > height(few) + 50 * 14  # at least 14 points for every layer
-    patches = {
-        element.get("id"): element.find("{*}path").get("d")
-        for element in svg_of(few).iter("{http://www.w3.org/2000/svg}g")
-        if (element.get("id") or "").startswith("layers-patch")
-    }
-
-    def width(path):
-        x = [float(number) for number in re.findall(r"[ML] ([\d.]+)", path)]
-        return max(x) - min(x)
-
-    widths = sorted(round(width(path), 1) for path in patches.values())
+    widths = sorted(widths_of(few, "layers"))
     before, after = 2_359_296, 2_359_296 // 2 + 73_728
     full = max(value for value in widths if widths.count(value) == 3)  # two originals, and the layer that is kept
     assert any(value == pytest.approx(full * after / before, abs=0.2) for value in widths)
