@@ -1,185 +1,199 @@
-"""What each start is worth, without one gradient step: accuracy right after conversion, seconds, memory.
+"""What each start is worth: accuracy right after conversion and after a short distillation, seconds, memory.
 
     python -m benchmarks.initialisation --network resnet20 --ratio 2 --ratio 4
-    python -m benchmarks.initialisation --network resnet56 --images 512 --initialiser alternating
+    python -m benchmarks.initialisation --network resnet20 --initialiser alternating --epochs 1 --epochs 3
+    python -m benchmarks.initialisation --network mobilenet_v2 --images 128 --imagenet weights/
     python -m benchmarks.initialisation --report-only
 
-ResNet-20 and ResNet-56 on CIFAR-10 (parquet files and trained weights, `--data` and `--weights`), every 3×3 convolution
-but the first. Images to start from are unlabelled training images; the score is that of the test images. Each case is
-run in a process of its own, rows are kept in docs/initialisation.json, and a case that is there is not run again. The
-table in docs/initialisation.md is written from it.
+ResNet-20 and ResNet-56 on CIFAR-10, every 3×3 convolution but the first; MobileNetV2 and EfficientNet-Lite0 on 1,000
+photographs, every convolution that pays but the first (benchmarks/networks.py says where these are from). Images to
+start from are unlabelled, and never those that score. Each case is run in a process of its own, rows are kept in
+docs/initialisation.json, and a case that is there is not run again. The table and the plot of docs/initialisation.md
+are made from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import copy
 import multiprocessing
 import resource
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from tabulate import tabulate
-from torch import nn
 
 import ghostify
-from benchmarks.hardware import processor
-from ghostify.distillation import DataOptions
+from benchmarks.networks import NETWORKS, SHARED, accuracy
+from benchmarks.networks import case as network_case
+from benchmarks.pages import Row, add_rows, facts_of_this_machine, grouped, is_there, read_rows, show, told
+from ghostify.conversion import estimate_norms
 from ghostify.files import atomic_file
-from ghostify.nn import cifar
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-ROWS, PAGE = ROOT / "docs/initialisation.json", ROOT / "docs/initialisation.md"
-BEGIN, END = "<!-- begin: benchmarks.initialisation -->", "<!-- end -->"
-CASE = ("network", "initialiser", "ratio", "images", "seed")
+ROWS, PAGE, PLOT = (ROOT / "docs" / f"initialisation.{kind}" for kind in ("json", "md", "svg"))
+CASE = ("network", "initialiser", "ratio", "images", "seed", "epochs")
 
-
-def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
-    right = total = 0
-    with torch.inference_mode():
-        for images, labels in batches:
-            right += int((model(images).argmax(1) == labels).sum())
-            total += len(labels)
-    return 100 * right / total
-
-
-def estimate_norms(model: nn.Module, images: torch.Tensor) -> None:
-    """Take the batch norms' statistics anew, as means over batches."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    with torch.no_grad():
-        for batch in images.split(128):
-            model(batch)
-    model.eval()
+# Peak learning rates and warm-ups, found on the validation images: a good start wants a low peak soon.
+SCHEDULES = {1: {"lr": 0.01, "warmup": 0.1}, 3: {"lr": 0.02, "warmup": 0.1}}
+SCHEDULE_OF_RANDOM = {"lr": 0.05, "warmup": 0.3}
 
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run(case: dict[str, Any], data: str, weights: str, threads: int) -> dict[str, Any]:
-    """One start: everything that is known of it."""
-    torch.set_num_threads(threads)
-    teacher = getattr(cifar, case["network"])()
-    teacher.load_state_dict(load_file(Path(weights) / f"cifar10_{case['network']}.safetensors"))
-    teacher.eval()
-    splits = ghostify.load_data(f"parquet:{data}", DataOptions(seed=case["seed"]))
-    images = splits.train.sample(case["images"])
-    test = list(splits.test)
+def run(cases: list[Row], options: argparse.Namespace) -> list[Row]:
+    """Cases that differ in their epochs alone, from one conversion; 0 epochs are the start itself."""
+    torch.set_num_threads(options.threads)
+    case = cases[0]
+    known = network_case(case["network"], case["seed"], options.shared, options.imagenet)
+    images, teacher = known.sample(case["images"]), known.model
     before = peak_mib()
     began = time.perf_counter()
-    small = ghostify.convert(
-        teacher,
-        ratio=case["ratio"],
-        example_inputs=images[:1],
-        calibration=images,
-        initialiser=case["initialiser"],
-        seed=case["seed"],
-    ).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of poor fits, which the table shows
+        small = ghostify.convert(
+            teacher,
+            ratio=case["ratio"],
+            example_inputs=images[:1],
+            calibration=images,
+            initialiser=case["initialiser"],
+            seed=case["seed"],
+        ).eval()
+    seconds, mib = time.perf_counter() - began, peak_mib() - before
+    made = small.ghostify_plan
+    facts = {"params": made.params_after, "macs": made.macs_after, "share": made.macs_after / made.macs}
+    rows = []
+    for one in cases:
+        row = {**one, **facts}
+        if one["epochs"]:
+            row |= distilled(copy.deepcopy(small), one, known)
+        else:
+            start = {"teacher": accuracy(teacher, known.test()), "start": accuracy(small, known.test())}
+            anew = copy.deepcopy(small)
+            estimate_norms(anew, images.split(64))
+            row |= {**start, "seconds": seconds, "mib": mib, "estimated": accuracy(anew, known.test())}
+        rows.append(row)
+    return rows
+
+
+def distilled(student: Any, case: Row, known: Any) -> Row:
+    """Distil a start; the test images score the epoch that the validation images chose."""
+    schedule = SCHEDULE_OF_RANDOM if case["initialiser"] == "random" else SCHEDULES[case["epochs"]]
+    began = time.perf_counter()
+    done = ghostify.distill(
+        student,
+        teacher=known.model,
+        data=known.train,
+        val=known.val,
+        epochs=case["epochs"],
+        config=ghostify.DistillConfig(**schedule, seed=case["seed"]),
+    )
     seconds = time.perf_counter() - began
-    row = {
-        **case,
-        "teacher": accuracy(teacher, test),
-        "start": accuracy(small, test),
-        "seconds": seconds,
-        "mib": peak_mib() - before,
-        "params": small.ghostify_plan.params_after,
-        "macs": small.ghostify_plan.macs_after,
-    }
-    estimate_norms(small, images)
-    return {**row, "estimated": accuracy(small, test)}
+    validation = [100 * (epoch.val_accuracy or 0) for epoch in done.history]
+    return {"validation": validation, "test": accuracy(student.eval(), known.test()), "seconds": seconds, **schedule}
 
 
-def read_rows() -> list[dict[str, Any]]:
-    return json.loads(ROWS.read_text(encoding="utf-8"))["rows"] if ROWS.is_file() else []
-
-
-def write_rows(rows: list[dict[str, Any]], facts: dict[str, str]) -> None:
-    ordered = sorted(rows, key=lambda row: [row[name] for name in CASE])
-    lines = ",\n".join(json.dumps(row) for row in ordered)
-    with atomic_file(ROWS) as temporary:
-        temporary.write_text(f'{{"facts": {json.dumps(facts)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
-
-
-def told(values: list[float], digits: int = 2) -> str:
-    """Mean ± standard deviation, where there are several."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
-
-
-def table_lines(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
-    together: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        together[tuple(row[name] for name in CASE[:-1])].append(row)
-    for (network, initialiser, ratio, images), same in sorted(together.items(), key=lambda item: item[0][0::2]):
+def table_lines(rows: list[Row]) -> Iterator[list[str]]:
+    later = grouped([row for row in rows if row["epochs"]], *CASE[:4], "epochs")
+    starts = grouped([row for row in rows if not row["epochs"]], "network", "ratio", "initialiser", "images")
+    order = {name: place for place, name in enumerate((*NETWORKS, *ghostify.conversion.INITIALISERS))}
+    for key, same in sorted(starts.items(), key=lambda item: (order[item[0][0]], item[0][1], order[item[0][2]])):
+        network, ratio, initialiser, images = key
+        trained = [later.get((network, initialiser, ratio, images, epochs), []) for epochs in SCHEDULES]
         yield [
             network,
             f"{ratio:g}",
-            f"{same[0]['params'] / 1e3:,.0f}k",
+            f"{same[0]['params'] / 1e6:.2f}M",
             f"{same[0]['macs'] / 1e6:.1f}M",
             f"`{initialiser}`",
             str(images),
             told([row["start"] for row in same]),
             told([row["estimated"] for row in same]),
+            *(f"{told([row['test'] for row in some])} ({len(some)})" if some else "" for some in trained),
             told([row["seconds"] for row in same], 0),
             told([row["mib"] for row in same], 0),
             str(len(same)),
         ]
 
 
+def draw(rows: list[Row]) -> None:
+    """Accuracy right after conversion against the share of MACs that is left, a panel for every network."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ghostify"  # the same file from the same rows
+    from matplotlib import pyplot
+
+    starts = [row for row in rows if not row["epochs"]]
+    networks = [name for name in NETWORKS if any(row["network"] == name for row in starts)]
+    figure, panels = pyplot.subplots(1, len(networks), figsize=(4.2 * len(networks), 3.6), squeeze=False)
+    for panel, network in zip(panels[0], networks):
+        mine = [row for row in starts if row["network"] == network]
+        for initialiser in ghostify.conversion.INITIALISERS:
+            points = sorted(
+                (100 * same[0]["share"], statistics.mean(row["start"] for row in same))
+                for (_, name), same in grouped(mine, "ratio", "initialiser").items()
+                if name == initialiser
+            )
+            if points:
+                panel.plot(*zip(*points), marker="o", markersize=4, label=initialiser)
+        panel.axhline(statistics.mean(row["teacher"] for row in mine), color="0.5", linestyle="--", linewidth=1)
+        panel.set(title=network, xlabel="MACs left, %", ylim=(0, 100))
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("accuracy right after conversion, %")
+    panels[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_file(PLOT) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
 def write_page() -> None:
-    """Put the table into the page, between its markers."""
-    headers = ["network", "ratio", "params", "MACs", "start", "images", "test %", "norms anew %", "s", "MiB", "seeds"]
-    table = tabulate(list(table_lines(read_rows())), headers=headers, tablefmt="github", disable_numparse=True)
-    facts = json.loads(ROWS.read_text(encoding="utf-8"))["facts"]
-    about = ", ".join(f"{name} {value}" for name, value in facts.items())
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    with atomic_file(PAGE) as temporary:
-        temporary.write_text(f"{head}{BEGIN}\n\n{table}\n\n{about}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    print(table)
+    """Put the table into the page, between its markers, and draw the plot."""
+    headers = ["network", "ratio", "params", "MACs", "start", "images", "test %", "norms anew %"]
+    headers += [*(f"{epochs} epoch{'s' * (epochs > 1)} %" for epochs in SCHEDULES), "s", "MiB", "seeds"]
+    rows = read_rows(ROWS)
+    table = tabulate(list(table_lines(rows)), headers=headers, tablefmt="github", disable_numparse=True)
+    show(PAGE, "benchmarks.initialisation", table, ROWS)
+    draw(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=["resnet20", "resnet56"], default="resnet20")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     parser.add_argument("--initialiser", action="append", help="repeatable; all by default")
     parser.add_argument("--ratio", type=float, action="append", help="repeatable; 2 by default")
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, action="append", choices=SCHEDULES, help="distil for so long, too")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--data", default=str(SHARED / "cifar10"), help="folder of train-*.parquet and test-*.parquet")
-    parser.add_argument("--weights", default=str(SHARED / "weights"), help="folder of cifar10_NETWORK.safetensors")
+    parser.add_argument("--shared", default=str(SHARED), help="folder of cifar10/, weights/ and imagenet-sample/")
+    parser.add_argument("--imagenet", default=".", help="folder of the unpacked packages with weights for ImageNet")
     parser.add_argument("--report-only", action="store_true", help="run nothing, write the page")
     options = parser.parse_args()
-    facts = {
-        "ghostify": ghostify.__version__,
-        "torch": str(torch.__version__),
-        "hardware": f"{processor()}, {options.threads} thread",
-    }
     names = options.initialiser or list(ghostify.conversion.INITIALISERS)
-    cases = [
-        dict(zip(CASE, (options.network, name, ratio, options.images, seed), strict=True))
+    conversions = [
+        (options.network, name, ratio, options.images, seed)
         for ratio in options.ratio or [2.0]
-        for name in names
         for seed in options.seeds
+        for name in names
     ]
-    for case in [] if options.report_only else cases:
-        if any(all(row[name] == case[name] for name in CASE) for row in read_rows()):
+    for conversion in [] if options.report_only else conversions:
+        cases = [dict(zip(CASE, (*conversion, epochs), strict=True)) for epochs in (0, *(options.epochs or ()))]
+        cases = [case for case in cases if not is_there(ROWS, case)]
+        if not cases:
             continue
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row = pool.apply(run, (case, options.data, options.weights, options.threads))
-        print({name: round(value, 2) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
-        write_rows([*read_rows(), row], facts)
+            rows = pool.apply(run, (cases, options))
+        for row in rows:
+            print({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()}, flush=True)
+        add_rows(ROWS, rows, CASE, facts_of_this_machine(options.threads))
     write_page()
 
 

@@ -2,6 +2,7 @@
 
 from ghostify.conversion.fits import Fit
 from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser
+from ghostify.conversion.norms import estimate_norms
 from ghostify.conversion.rewriter import apply, as_planned, check_fits, convert, rebuild
 from ghostify.tracing.calibration import Calibration
 
@@ -15,5 +16,6 @@ __all__ = [
     "as_planned",
     "check_fits",
     "convert",
+    "estimate_norms",
     "rebuild",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,22 @@ from ghostify.planning.statistics import Moments, Window, at_pixels, in_parts, r
 # Shares of the mean diagonal of the Gram matrix; see docs/decisions.md.
 _PRIMARY_RIDGE = 3e-3
 _CHEAP_RIDGE = 1e-4
-# Samples for the primary: several for every unknown of a filter.
+# Samples for the primary: several for every unknown of a filter, fewer for each where there are thousands.
 _PRIMARY_ROWS = 20_000
-_PRIMARY_ROWS_PER_UNKNOWN = 8
+_PRIMARY_ROWS_PER_UNKNOWN, _MANY_UNKNOWNS, _ROWS_PER_MANY_UNKNOWNS = 8, 1024, 6
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What a fit finds out.
+
+    Attributes:
+        explained: The share of the targets' variance that cheap kernels on the chosen channels explain, 0 to 1.
+        seen: Second moments of what a filter of the primary sees, ``(groups, p, p)``, where it was solved.
+    """
+
+    explained: float
+    seen: Tensor | None
 
 
 def fit_unit(
@@ -33,7 +47,7 @@ def fit_unit(
     targets: list[Tensor],
     refit_primary: bool,
     generator: torch.Generator,
-) -> float:
+) -> Fitting:
     """Choose the unit's intrinsic channels, then solve its primary and its cheap kernels.
 
     Args:
@@ -45,9 +59,6 @@ def fit_unit(
         targets: What it should make of it, each ``(b, n, …)``, original channel order.
         refit_primary: Solve the primary on ``inputs``; else its filters stay the chosen original ones.
         generator: Picks the pixels that are sampled.
-
-    Returns:
-        The share of the targets' variance that cheap kernels on the chosen channels explain, 0 to 1.
     """
     pixels = [sample_pixels(target, _share(targets, rows_for(unit.out_channels)), generator) for target in targets]
     window = Window.depthwise(unit.spec.dw_size, unit.dims)
@@ -56,12 +67,14 @@ def fit_unit(
     kept = kept_share(explained, layout, unit.spec, unit.groups)
     unit.take_channels(conv, layout, norm)
     centred = running_mean(norm) is not None or conv.bias is not None
+    seen = None
     if refit_primary:
-        _solve_primary(unit, conv, inputs, targets, centred=centred, generator=generator)
+        seen = _solve_primary(unit, conv, inputs, targets, centred=centred, generator=generator)
+    found = Fitting(kept, seen)
     if unit.spec.placement == "linear":
         solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
         _shift_mean(norm, targets, (unit(x) for x in inputs))
-        return kept
+        return found
     rows = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)].to(targets[0].device)
     _shift_mean(unit.primary_norm, [y[:, rows] for y in targets], (unit.primary_conv(x) for x in inputs))
     if unit.spec.fusion == "concat":
@@ -73,7 +86,7 @@ def fit_unit(
         normed = targets if norm is None else [norm(y) for y in targets]
         bias = solve_cheap(unit, inputs, normed, centred=True, generator=generator)
         _let_pass(unit.cheap_norm, _cheap_maps(unit, inputs), bias)
-    return kept
+    return found
 
 
 def left_over(unit: GhostConv, norm: nn.Module | None, inputs: list[Tensor], targets: list[Tensor]) -> float:
@@ -104,12 +117,19 @@ def _solve_primary(
     *,
     centred: bool,
     generator: torch.Generator,
-) -> None:
-    """Solve the primary's filters on the inputs, near to the old ones where the data say little."""
+) -> Tensor | None:
+    """Solve the primary's filters on the inputs, near to the old ones where the data say little.
+
+    Returns:
+        Second moments of what a filter sees, ``(groups, p, p)``; nothing if the module is no plain convolution.
+    """
     window, groups = Window.of(conv), conv.groups
     if not is_plain(conv, inputs[0]):
-        return
-    rows_wanted = _PRIMARY_ROWS + _PRIMARY_ROWS_PER_UNKNOWN * conv.weight[0].numel()
+        return None
+    unknowns = conv.weight[0].numel()
+    rows_wanted = max(
+        _PRIMARY_ROWS + _PRIMARY_ROWS_PER_UNKNOWN * min(unknowns, _MANY_UNKNOWNS), _ROWS_PER_MANY_UNKNOWNS * unknowns
+    )
     channels = unit.layout()[intrinsic_positions(unit.spec, unit.out_channels, groups)].to(inputs[0].device)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
@@ -130,6 +150,7 @@ def _solve_primary(
         if primary.bias is not None:
             predicted = (moments.sum_a.unsqueeze(-2) @ new).squeeze(-2)
             primary.bias.copy_(((moments.sum_y - predicted) / moments.rows).flatten())
+    return moments.plain()[0]
 
 
 def solve_cheap(

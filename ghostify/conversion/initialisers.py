@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.fits import Fit
-from ghostify.conversion.fitting import fit_unit, left_over
+from ghostify.conversion.fitting import Fitting, fit_unit, left_over
 from ghostify.conversion.refinement import refine_unit
 from ghostify.conversion.sensitivity import channel_metrics
 from ghostify.conversion.tails import Tail
@@ -145,11 +145,11 @@ def alternating(conversion: Conversion) -> None:
         fitted, decision = _fit(conversion, visit, refit_primary=True), visit.decision
         refine_unit(
             conversion.unit(decision),
-            conversion.original(decision),
             conversion.norm(decision),
             _batched_tail(visit.tail, decision),
             inputs=fitted.inputs,
             targets=fitted.targets,
+            seen=fitted.fitting.seen,
             metric=metrics.get(decision.site.name),
             generator=fitted.generator,
         )
@@ -198,14 +198,14 @@ class _Fitted:
         decision: What the plan says of it.
         inputs: What it gets.
         targets: What it should make, corrected by the shortcut's drift.
-        explained: As in [Fit][ghostify.conversion.Fit].
+        fitting: What the fit found out.
         generator: Picks samples.
     """
 
     decision: Decision
     inputs: list[Tensor]
     targets: list[Tensor]
-    explained: float
+    fitting: Fitting
     generator: torch.Generator
 
     def note(self, conversion: Conversion) -> None:
@@ -214,7 +214,7 @@ class _Fitted:
         norm = conversion.facts.model.get_submodule(chain.norm) if chain is not None and chain.norm else None
         count = sum(total <= _ERROR_IMAGES for total in accumulate((len(x) for x in self.inputs), initial=0))
         error = left_over(unit, norm, self.inputs[:count], self.targets[:count])
-        conversion.fits[self.decision.site.name] = Fit(self.explained, error)
+        conversion.fits[self.decision.site.name] = Fit(self.fitting.explained, error)
 
 
 def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> _Fitted:
@@ -235,10 +235,10 @@ def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> _Fitte
     inputs = [_batched(x, decision) for x in visit.inputs]
     targets = [_batched(y, decision) for y in targets]
     generator = torch.Generator().manual_seed(conversion.seed)
-    explained = fit_unit(
+    fitting = fit_unit(
         unit, conv, norm, inputs=inputs, targets=targets, refit_primary=refit_primary, generator=generator
     )
-    return _Fitted(decision, inputs, targets, explained, generator)
+    return _Fitted(decision, inputs, targets, fitting, generator)
 
 
 def _batched(maps: Tensor, decision: Decision) -> Tensor:

@@ -20,15 +20,36 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.conversion.fitting import by_group, channel_view, is_plain, running_mean, solve_cheap
+from ghostify.conversion.fitting import channel_view, running_mean, solve_cheap
 from ghostify.conversion.tails import Tail
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning.explained import norm_scale
-from ghostify.planning.statistics import Window, sample_pixels
 
-_ROUNDS = 4
-# Steps of conjugate gradients a round; they start from, and are preconditioned by, the layer's own second moments.
-_STEPS = 6
+
+@dataclass(frozen=True)
+class _Effort:
+    """How thoroughly a unit is refined.
+
+    Attributes:
+        rounds: Primary and cheap kernels are solved so often in turn.
+        steps: Of conjugate gradients a round; they start from, and are preconditioned by, the layer's own
+            second moments.
+    """
+
+    rounds: int
+    steps: int
+
+    @property
+    def passes(self) -> int:
+        """How often the layer is run, a backward pass counted as two."""
+        return self.rounds * (3 * (self.steps + 1) + 4)
+
+
+# The most thorough one that is affordable on enough images.
+_EFFORTS = (_Effort(4, 6), _Effort(3, 4), _Effort(2, 3), _Effort(1, 3))
+# Multiply-accumulates that a site may cost: seconds, not minutes.
+_MOST_MACS = 1.5e11
+_FEWEST_IMAGES = 4
 # Share of the mean diagonal of the Gram matrix that holds the primary to what it was; see docs/decisions.md.
 _RIDGE = 3e-3
 # Samples: pixels, some for every unknown of a filter; more images if the numbers of their maps are no more than these.
@@ -84,12 +105,12 @@ class _Site:
 
 def refine_unit(
     unit: GhostConv,
-    conv: _ConvNd,
     norm: nn.Module | None,
     tail: Tail,
     *,
     inputs: list[Tensor],
     targets: list[Tensor],
+    seen: Tensor | None,
     metric: Tensor | None,
     generator: torch.Generator,
 ) -> None:
@@ -97,31 +118,34 @@ def refine_unit(
 
     Args:
         unit: The unit; changed in place, and so is the mean of ``norm``.
-        conv: The original convolution.
         norm: The student's batch norm that alone reads the unit's output, if there is one.
         tail: What follows the layer.
         inputs: What the unit will get, each ``(b, c, …)``.
         targets: What it should make of it, each ``(b, n, …)``, original channel order.
+        seen: Second moments of what a filter of the primary sees, ``(groups, p, p)``, from the fit.
         metric: What an error costs, ``(n, n)``, see [channel_metrics][ghostify.conversion.sensitivity.channel_metrics];
             by default channels count alone, by the scale that the norm gives them.
         generator: Picks the images and pixels that are sampled.
     """
-    plain = unit.spec.placement == "linear" and unit.spec.fusion == "concat" and conv.weight.dtype == torch.float32
-    if not plain or unit.cheap_operation is None or not is_plain(conv, inputs[0]):
+    primary = unit.primary_conv
+    plain = unit.spec.placement == "linear" and unit.spec.fusion == "concat"
+    if not plain or unit.cheap_operation is None or seen is None:
         return
-    site = _sampled(unit, conv, norm, tail, inputs, targets, metric, generator)
+    assert isinstance(primary, _ConvNd)  # a copy of a plain one, or its filters would not have been solved
+    if primary.weight.dtype != torch.float32:
+        return
+    effort, images = _affordable(primary, inputs, targets)
+    site = _sampled(unit, norm, tail, inputs, targets, metric, images, generator)
     mean = running_mean(norm)
-    factors = _cholesky(conv, site.inputs, generator)
-    for _ in range(_ROUNDS):
+    factors = _cholesky(seen)
+    for _ in range(effort.rounds):
         goals = site.goals()
-        primary = unit.primary_conv
-        assert isinstance(primary, _ConvNd)  # a copy of a plain one
         with torch.no_grad():
-            primary.weight += _step(site, site.left_over(goals), factors)
+            primary.weight += _step(site, site.left_over(goals), factors, effort.steps)
             if mean is None and primary.bias is not None:
                 rows = unit.layout()[: unit.intrinsic_channels].to(primary.bias.device)
                 primary.bias += _mean(site.left_over(goals))[rows]
-        solve_cheap(unit, site.inputs, goals, centred=mean is not None or conv.bias is not None, generator=generator)
+        solve_cheap(unit, site.inputs, goals, centred=mean is not None or primary.bias is not None, generator=generator)
         if mean is not None:
             site.offset = site.offset + channel_view(_mean(site.left_over(goals)), unit.dims)
     if mean is not None:
@@ -131,23 +155,33 @@ def refine_unit(
             mean.copy_(teachers - site.offset.flatten())
 
 
+def _affordable(primary: _ConvNd, inputs: list[Tensor], targets: list[Tensor]) -> tuple[_Effort, int]:
+    """How thoroughly a unit can be refined, and on how many images, for what it may cost."""
+    maps, total = targets[0], sum(len(x) for x in inputs)
+    size, channels = math.prod(maps.shape[2:]), maps.shape[1]
+    enough = math.ceil((_PIXELS + _PIXELS_PER_UNKNOWN * primary.weight[0].numel()) / size)
+    most = max(enough, min(_IMAGES, _NUMBERS // (inputs[0][0].numel() + maps[0].numel())))
+    macs = size * (primary.weight.numel() + channels**2)  # of one image: its maps, and the metric applied to them
+    for effort in _EFFORTS:
+        affordable = int(_MOST_MACS / (effort.passes * macs))
+        if affordable >= min(enough, total):
+            break
+    return effort, min(total, most, max(affordable, _FEWEST_IMAGES))
+
+
 def _sampled(
     unit: GhostConv,
-    conv: _ConvNd,
     norm: nn.Module | None,
     tail: Tail,
     inputs: list[Tensor],
     targets: list[Tensor],
     metric: Tensor | None,
+    count: int,
     generator: torch.Generator,
 ) -> _Site:
-    size = math.prod(targets[0].shape[2:])
-    total = sum(len(x) for x in inputs)
-    pixels = _PIXELS + _PIXELS_PER_UNKNOWN * conv.weight[0].numel()
-    numbers = inputs[0][0].numel() + targets[0][0].numel()
-    count = min(total, max(math.ceil(pixels / size), min(_IMAGES, _NUMBERS // numbers)))
-    images = torch.randperm(total, generator=generator)[:count].sort().values
-    part = max(1, _LARGEST_PART // numbers)
+    """Some of the images, and all that is known of the unit amid them."""
+    images = torch.randperm(sum(len(x) for x in inputs), generator=generator)[:count].sort().values
+    part = max(1, _LARGEST_PART // (inputs[0][0].numel() + targets[0][0].numel()))
 
     def sampled(chunks: list[Tensor]) -> list[Tensor]:
         starts = torch.tensor([0, *(len(chunk) for chunk in chunks)]).cumsum(0).tolist()
@@ -183,28 +217,14 @@ def _mean(maps: list[Tensor]) -> Tensor:
     return torch.cat([part.transpose(0, 1).flatten(1) for part in maps], 1).mean(1)
 
 
-def _cholesky(conv: _ConvNd, inputs: list[Tensor], generator: torch.Generator) -> tuple[Tensor, float]:
-    """The second moments of what a filter sees, damped, as Cholesky factors ``(groups, p, p)``; and the damping."""
-    window = Window.of(conv)
-    total: Tensor | None = None
-    rows = 0
-    wanted = _PIXELS + _PIXELS_PER_UNKNOWN * conv.weight[0].numel()
-    share = wanted / sum(len(x) * math.prod(window.size_after(tuple(x.shape[2:]))) for x in inputs)
-    for x in inputs:
-        size = window.size_after(tuple(x.shape[2:]))
-        pixels = sample_pixels(x.new_empty(1, 1, *size), share, generator)
-        seen = by_group(window.patches(x, pixels), conv.groups).float()
-        gram = (seen.transpose(1, 2) @ seen).double()
-        total = gram if total is None else total + gram
-        rows += seen.shape[1]
-    assert total is not None  # there is at least one part
-    total /= rows
-    damping = _RIDGE * float(total.diagonal(dim1=1, dim2=2).mean())
-    damped = total + max(damping, 1e-12) * torch.eye(total.shape[1], dtype=total.dtype, device=total.device)
+def _cholesky(seen: Tensor) -> tuple[Tensor, float]:
+    """Second moments ``(groups, p, p)``, damped, as Cholesky factors; and the damping."""
+    damping = _RIDGE * float(seen.diagonal(dim1=1, dim2=2).mean())
+    damped = seen + max(damping, 1e-12) * torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
     return torch.linalg.cholesky(damped), damping
 
 
-def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float]) -> Tensor:
+def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float], steps: int) -> Tensor:
     """The change of the primary's weight that best makes up for what is left over, by conjugate gradients."""
     unit, (factor, damping) = site.unit, factors
     primary, cheap = copy.deepcopy(unit.primary_conv), copy.deepcopy(unit.cheap_operation)
@@ -255,7 +275,7 @@ def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float]) -> Ten
     residual = back(left, change)
     search = towards = preconditioned(residual)
     product = inner(residual, towards)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         image = back(None, search) + damping * by_filter(share) * search
         length = by_filter(product / inner(search, image).clamp_min(1e-20))
         change, residual = change + length * search, residual - length * image

