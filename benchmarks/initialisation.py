@@ -22,15 +22,15 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import nn
 
 import ghostify
-from benchmarks.networks import NETWORKS, SHARED, accuracy
-from benchmarks.networks import case as network_case
+from benchmarks.networks import NETWORKS, SHARED, Case, accuracy, load
 from benchmarks.pages import Row, add_rows, facts_of_this_machine, grouped, is_there, read_rows, show, told
 from ghostify.conversion import estimate_norms
 from ghostify.files import atomic_file
@@ -48,12 +48,11 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run(cases: list[Row], options: argparse.Namespace) -> list[Row]:
+def run(cases: list[Row], known: Case, threads: int) -> list[Row]:
     """Cases that differ in their epochs alone, from one conversion; 0 epochs are the start itself."""
-    torch.set_num_threads(options.threads)
-    case = cases[0]
-    known = network_case(case["network"], case["seed"], options.shared, options.imagenet)
-    images, teacher = known.sample(case["images"]), known.model
+    torch.set_num_threads(threads)
+    case, teacher = cases[0], known.model
+    images = known.sample(case["images"])
     before = peak_mib()
     began = time.perf_counter()
     with warnings.catch_warnings():
@@ -75,15 +74,15 @@ def run(cases: list[Row], options: argparse.Namespace) -> list[Row]:
         if one["epochs"]:
             row |= distilled(copy.deepcopy(small), one, known)
         else:
-            start = {"teacher": accuracy(teacher, known.test()), "start": accuracy(small, known.test())}
+            row |= {"start": accuracy(small, known.test()), "seconds": seconds, "mib": mib}
             anew = copy.deepcopy(small)
             estimate_norms(anew, images.split(64))
-            row |= {**start, "seconds": seconds, "mib": mib, "estimated": accuracy(anew, known.test())}
+            row["estimated"] = accuracy(anew, known.test())
         rows.append(row)
     return rows
 
 
-def distilled(student: Any, case: Row, known: Any) -> Row:
+def distilled(student: nn.Module, case: Row, known: Case) -> Row:
     """Distil a start; the test images score the epoch that the validation images chose."""
     schedule = SCHEDULE_OF_RANDOM if case["initialiser"] == "random" else SCHEDULES[case["epochs"]]
     began = time.perf_counter()
@@ -144,7 +143,7 @@ def draw(rows: list[Row]) -> None:
             )
             if points:
                 panel.plot(*zip(*points), marker="o", markersize=4, label=initialiser)
-        panel.axhline(statistics.mean(row["teacher"] for row in mine), color="0.5", linestyle="--", linewidth=1)
+        panel.axhline(mine[0]["teacher"], color="0.5", linestyle="--", linewidth=1)
         panel.set(title=network, xlabel="MACs left, %", ylim=(0, 100))
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("accuracy right after conversion, %")
@@ -177,23 +176,22 @@ def main() -> None:
     parser.add_argument("--imagenet", default=".", help="folder of the unpacked packages with weights for ImageNet")
     parser.add_argument("--report-only", action="store_true", help="run nothing, write the page")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # what forks must not have threads of its own
     names = options.initialiser or list(ghostify.conversion.INITIALISERS)
-    conversions = [
-        (options.network, name, ratio, options.images, seed)
-        for ratio in options.ratio or [2.0]
-        for seed in options.seeds
-        for name in names
-    ]
-    for conversion in [] if options.report_only else conversions:
-        cases = [dict(zip(CASE, (*conversion, epochs), strict=True)) for epochs in (0, *(options.epochs or ()))]
-        cases = [case for case in cases if not is_there(ROWS, case)]
-        if not cases:
-            continue
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows = pool.apply(run, (cases, options))
-        for row in rows:
-            print({name: round(v, 2) if isinstance(v, float) else v for name, v in row.items()}, flush=True)
-        add_rows(ROWS, rows, CASE, facts_of_this_machine(options.threads))
+    for seed in [] if options.report_only else options.seeds:
+        known = load(options.network, seed, options.shared, options.imagenet)
+        teacher = {"teacher": accuracy(known.model, known.test())}
+        for ratio, name in product(options.ratio or [2.0], names):
+            conversion = (options.network, name, ratio, options.images, seed)
+            cases = [dict(zip(CASE, (*conversion, epochs), strict=True)) for epochs in (0, *(options.epochs or ()))]
+            cases = [case for case in cases if not is_there(ROWS, case)]
+            if not cases:
+                continue
+            with multiprocessing.get_context("fork").Pool(1) as pool:  # its memory begins with the data read already
+                rows = [row | teacher for row in pool.apply(run, (cases, known, options.threads))]
+            for row in rows:
+                print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+            add_rows(ROWS, rows, CASE, facts_of_this_machine(options.threads))
     write_page()
 
 

@@ -50,7 +50,7 @@ class Case:
     val: ImageBatches | None = None
 
 
-def case(name: str, seed: int, shared: str | Path = SHARED, imagenet: str | Path = ".") -> Case:
+def load(name: str, seed: int, shared: str | Path = SHARED, imagenet: str | Path = ".") -> Case:
     """A network by its name; ``seed`` draws the images to start from, and the order of training."""
     return _cifar(name, seed, Path(shared)) if hasattr(cifar, name) else _imagenet(name, seed, shared, Path(imagenet))
 
@@ -96,6 +96,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     right = total = 0
     with torch.inference_mode():
         for images, labels in batches:
-            right += int((model(images).argmax(1) == labels).sum())
+            scores = model(images.contiguous(memory_format=torch.channels_last))
+            right += int((scores.argmax(1) == labels).sum())
             total += len(labels)
     return 100 * right / total

@@ -23,6 +23,8 @@ _CHEAP_RIDGE = 1e-4
 # Samples for the primary: several for every unknown of a filter, fewer for each where there are thousands.
 _PRIMARY_ROWS = 20_000
 _PRIMARY_ROWS_PER_UNKNOWN, _MANY_UNKNOWNS, _ROWS_PER_MANY_UNKNOWNS = 8, 1024, 6
+# Samples for the cheap kernels, which have few unknowns each; of all channels together no more than so many.
+_FEWEST_CHEAP_ROWS, _MOST_CHEAP_ROWS, _CHEAP_ROWS_OF_ALL = 5_000, 40_000, 2_500_000
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def solve_cheap(
     parents = unit.parents().to(inputs[0].device)
     layout = unit.layout().to(inputs[0].device)
     channels = layout[unit.intrinsic_channels :] if fusion == "concat" else layout
-    share = _share(targets, 2 * rows_for(unit.out_channels))
+    rows = max(_FEWEST_CHEAP_ROWS, min(_MOST_CHEAP_ROWS, _CHEAP_ROWS_OF_ALL // unit.out_channels))
+    share = _share(targets, rows)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for x, target in zip(inputs, targets, strict=True):
@@ -236,10 +239,11 @@ def _moments_of(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     total = square = torch.zeros((), dtype=torch.float64)
     count = 0
     for map_ in maps:
-        by_channel = map_.transpose(0, 1).flatten(1)
-        total = total + by_channel.sum(1, dtype=torch.float64)
-        square = square + by_channel.square().sum(1, dtype=torch.float64)
-        count += map_.numel() // map_.shape[1]
+        variance, mean = torch.var_mean(map_, [dim for dim in range(map_.dim()) if dim != 1], correction=0)
+        size = map_.numel() // map_.shape[1]
+        total = total + size * mean.double()
+        square = square + size * (variance.double() + mean.double().square())
+        count += size
     mean = total / count
     return mean, (square / count - mean.square()).clamp_min(0)
 

@@ -48,7 +48,7 @@ class _Effort:
 # The most thorough one that is affordable on enough images.
 _EFFORTS = (_Effort(4, 6), _Effort(3, 4), _Effort(2, 3), _Effort(1, 3))
 # Multiply-accumulates that a site may cost: seconds, not minutes.
-_MOST_MACS = 1.5e11
+_MOST_MACS = 1e11
 _FEWEST_IMAGES = 4
 # Share of the mean diagonal of the Gram matrix that holds the primary to what it was; see docs/decisions.md.
 _RIDGE = 3e-3

@@ -133,13 +133,13 @@ class Moments:
         total: Moments | None = None
         for features, wanted in pairs:
             a, y = features.float(), wanted.float()
-            transposed = a.transpose(-2, -1)
+            transposed, ones = a.transpose(-2, -1), a.new_ones(1, a.shape[-2])
             part = Moments(
                 a.shape[-2],
                 (transposed @ a).double(),
                 (transposed @ y).double(),
-                a.sum(-2, dtype=torch.float64),
-                y.sum(-2, dtype=torch.float64),
+                (ones @ a).squeeze(-2).double(),  # several times faster than a sum over this dimension
+                (ones @ y).squeeze(-2).double(),
             )
             total = part if total is None else total + part
         assert total is not None  # callers hold at least one chunk
