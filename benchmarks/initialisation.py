@@ -48,9 +48,13 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run(cases: list[Row], known: Case, threads: int) -> list[Row]:
+_known: list[Case] = []  # of the forked process, which gets it without a copy
+
+
+def run(cases: list[Row], threads: int) -> list[Row]:
     """Cases that differ in their epochs alone, from one conversion; 0 epochs are the start itself."""
     torch.set_num_threads(threads)
+    (known,) = _known
     case, teacher = cases[0], known.model
     images = known.sample(case["images"])
     before = peak_mib()
@@ -187,8 +191,9 @@ def main() -> None:
             cases = [case for case in cases if not is_there(ROWS, case)]
             if not cases:
                 continue
-            with multiprocessing.get_context("fork").Pool(1) as pool:  # its memory begins with the data read already
-                rows = [row | teacher for row in pool.apply(run, (cases, known, options.threads))]
+            # A process of its own, so that its peak of memory is its own; it begins with the data read already.
+            with multiprocessing.get_context("fork").Pool(1, _known.append, (known,)) as pool:
+                rows = [row | teacher for row in pool.apply(run, (cases, options.threads))]
             for row in rows:
                 print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
             add_rows(ROWS, rows, CASE, facts_of_this_machine(options.threads))

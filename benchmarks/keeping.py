@@ -1,0 +1,137 @@
+"""What can be had for free: accuracy against MACs saved with `plan(keep=…)`, without one step of training.
+
+    python -m benchmarks.keeping --network resnet20
+    python -m benchmarks.keeping --network mobilenet_v2 --images 128 --imagenet weights/ --keep 0.99 --keep 0.995
+    python -m benchmarks.keeping --report-only
+
+Every layer gets the largest ratio at which the given share of its output's variance can still be expressed. Networks
+and images as in benchmarks/networks.py. Rows are kept in docs/keeping.json, and a case that is there is not run again;
+the table and the plot of docs/initialisation.md are made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import ghostify
+from benchmarks.networks import NETWORKS, SHARED, Case, accuracy, load
+from benchmarks.pages import Row, add_rows, facts_of_this_machine, grouped, is_there, read_rows, show, told
+from ghostify.errors import NothingToConvertError
+from ghostify.files import atomic_file
+
+DOCS = Path(__file__).parents[1] / "docs"
+ROWS, PAGE, PLOT = DOCS / "keeping.json", DOCS / "initialisation.md", DOCS / "keeping.svg"
+CASE = ("network", "keep", "images", "seed")
+
+
+def run(case: Row, known: Case) -> Row:
+    """Plan by one share, convert, and score."""
+    images = known.sample(case["images"])
+    began = time.perf_counter()
+    try:
+        plan = ghostify.plan(known.model, keep=case["keep"], calibration=images)
+    except NothingToConvertError:  # no layer keeps so much
+        return {**case, "sites": 0, "saved": 0.0, "test": accuracy(known.model, known.test()), "seconds": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of poor fits, which the table shows
+        small = ghostify.apply(plan, known.model, calibration=images, seed=case["seed"]).eval()
+    return {
+        **case,
+        "sites": len(plan.replaced),
+        "saved": 100 * (1 - plan.macs_after / plan.macs),
+        "seconds": time.perf_counter() - began,
+        "test": accuracy(small, known.test()),
+    }
+
+
+def table_lines(rows: list[Row]) -> Iterator[list[str]]:
+    """A line for every share, least saved first."""
+    for (network, keep, images), same in sorted(
+        grouped(rows, *CASE[:3]).items(), key=lambda item: (NETWORKS.index(item[0][0]), -item[0][1])
+    ):
+        yield [
+            network,
+            f"{keep:g}",
+            str(images),
+            told([row["sites"] for row in same], 0),
+            told([*map(_saved, same)], 1),
+            told([row["test"] for row in same]),
+            told([*map(_lost, same)]),
+            told([row["seconds"] for row in same], 0),
+            str(len(same)),
+        ]
+
+
+def _saved(row: Row) -> float:
+    return row["saved"]
+
+
+def _lost(row: Row) -> float:
+    return row["teacher"] - row["test"]
+
+
+def draw(rows: list[Row]) -> None:
+    """Points of accuracy lost against the share of MACs saved."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "ghostify"  # the same file from the same rows
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(6.4, 4))
+    for network in [name for name in NETWORKS if any(row["network"] == name for row in rows)]:
+        mine = grouped([row for row in rows if row["network"] == network], "keep").values()
+        saved, lost = ([statistics.mean(how(row) for row in same) for same in mine] for how in (_saved, _lost))
+        points = [(0.0, 0.0), *sorted(zip(saved, lost))]
+        panel.plot(*zip(*points), marker="o", markersize=4, label=network)
+    panel.set(xlabel="MACs saved, %", ylabel="points of accuracy lost", yscale="symlog")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_file(PLOT) as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def write_page() -> None:
+    """Put the table into the page, between its markers, and draw the plot."""
+    headers = ["network", "keep", "images", "Ghost units", "MACs saved %", "accuracy %", "points lost", "s", "seeds"]
+    rows = read_rows(ROWS)
+    table = tabulate(list(table_lines(rows)), headers=headers, tablefmt="github", disable_numparse=True)
+    show(PAGE, "benchmarks.keeping", table, ROWS)
+    draw(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
+    parser.add_argument("--keep", type=float, action="append", help="repeatable; 0.8, 0.9, 0.95, 0.98, 0.99 by default")
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shared", default=str(SHARED), help="folder of cifar10/, weights/ and imagenet-sample/")
+    parser.add_argument("--imagenet", default=".", help="folder of the unpacked packages with weights for ImageNet")
+    parser.add_argument("--report-only", action="store_true", help="run nothing, write the page")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for seed in [] if options.report_only else options.seeds:
+        known = load(options.network, seed, options.shared, options.imagenet)
+        teacher = {"teacher": accuracy(known.model, known.test())}
+        for keep in options.keep or [0.8, 0.9, 0.95, 0.98, 0.99]:
+            case = dict(zip(CASE, (options.network, keep, options.images, seed), strict=True))
+            if not is_there(ROWS, case):
+                row = run(case, known) | teacher
+                print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+                add_rows(ROWS, [row], CASE, facts_of_this_machine(options.threads))
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
