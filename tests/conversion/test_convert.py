@@ -13,7 +13,7 @@ from torch import nn
 
 import ghostify
 from ghostify import GhostConv2d, GhostSpec
-from ghostify.conversion import INITIALISERS, walk
+from ghostify.conversion import INITIALISERS, refinement, walk
 from ghostify.conversion.initialisers import NEED_CALIBRATION
 from ghostify.conversion.walk import walk_calls, walk_graph
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError
@@ -74,6 +74,26 @@ def test_better_starts_are_better():
     }
     assert errors["alternating"] < 0.8 * errors["sequential"]
     assert errors["sequential"] < errors["least-squares"] < errors["first"]
+
+
+def test_a_refinement_that_may_cost_less_is_shorter_and_still_helps(monkeypatch):
+    model, passes = net(), []
+    step = refinement._step
+
+    def counted(site, left, factors, steps):
+        passes.append(steps)
+        return step(site, left, factors, steps)
+
+    monkeypatch.setattr(refinement, "_step", counted)
+    small = ghostify.convert(model, example_inputs=X, calibration=IMAGES)
+    sites = len(small.ghostify_plan.replaced)
+    assert passes == [6] * 4 * sites
+    passes.clear()
+    monkeypatch.setattr(refinement, "_MOST_MACS", 1e6)
+    limited = ghostify.convert(model, example_inputs=X, calibration=IMAGES)
+    assert passes == [3] * sites
+    sequential = ghostify.convert(model, example_inputs=X, calibration=IMAGES, initialiser="sequential")
+    assert error(small, model) < error(limited, model) < error(sequential, model)
 
 
 class ShortcutThatDrifts(nn.Module):
