@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--initialiser", default="alternating", help="or any other of ghostify's")
     parser.add_argument("--images", type=int, default=1024, help="unlabelled training images to start from")
     parser.add_argument("--epochs", type=int, default=3)
-    # A good start wants a low peak soon; 0.02 was the best of three on the validation images.
+    # A good start wants a low peak soon; docs/initialisation.md tells what was tried on the validation images.
+    parser.add_argument("--loss", default="mse", help="kd or mse")
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps before the peak")
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +62,7 @@ def main() -> None:
         val=data.val,
         epochs=options.epochs,
         out=options.out,
-        config=ghostify.DistillConfig(lr=options.lr, warmup=options.warmup, seed=options.seed),
+        config=ghostify.DistillConfig(loss=options.loss, lr=options.lr, warmup=options.warmup, seed=options.seed),
     )
     start = run.start
     print(

@@ -2,11 +2,12 @@
 
 The chosen intrinsic channels are not the first ones, so a unit makes its channels in an order of
 its own, and would have to put them back by an index each time it runs. Where the plan says
-``folded``, the norms, depthwise convolutions and readers that follow are permuted instead, once.
+``folded`` or ``shared``, the norms, depthwise convolutions and readers that follow are permuted instead, once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from ghostify.errors import ConversionError, PlanMismatchError
 from ghostify.nn.ghost import GhostConv
-from ghostify.spec import Plan
+from ghostify.planning.choice import Choice, choose_layout
+from ghostify.spec import Decision, Plan
 from ghostify.tracing import Streams, Trace
 
 # Sums in another order differ by rounding, and a deep network carries that on.
@@ -40,7 +42,7 @@ def fold_orders(student: nn.Module, plan: Plan, facts: Trace) -> None:
     streams = facts.streams
     orders: dict[int, Tensor] = {}
     for decision in plan.replaced:
-        if decision.order == "folded":
+        if decision.order in ("folded", "shared"):
             name = decision.site.name
             stream = streams.made_by.get(name)
             if stream is None or stream in streams.fixed:
@@ -48,14 +50,38 @@ def fold_orders(student: nn.Module, plan: Plan, facts: Trace) -> None:
                     f"site={name!r} is to have its channel order folded into the layers after it, and in this model's "
                     "graph these are not all known. Make a new plan for it."
                 )
-            layout = _unit(student, name).layout()
-            if not torch.equal(layout, torch.arange(len(layout))):
-                orders[stream] = layout
+            # Units that share an order have one layout; if a start gave them others, those keep an index.
+            orders.setdefault(stream, _unit(student, name).layout())
+    orders = {stream: order for stream, order in orders.items() if not torch.equal(order, torch.arange(len(order)))}
     if not orders:
         return
     before = facts.example.run(student)
     _permute(student, streams, orders)
     _compare(before, facts.example.run(student))
+
+
+def shared_choices(
+    decisions: Mapping[str, Decision], streams: Streams, explained: Mapping[str, Tensor]
+) -> dict[str, Choice]:
+    """One choice of channels for all units that share an order: the one that keeps most of what they make together.
+
+    Args:
+        decisions: By site.
+        streams: From the graph.
+        explained: By site, how much of each channel a cheap filter on each other one explains, ``(n, n)``,
+            weighted by the norm after the layer, so that it counts as it does in the sum.
+    """
+    together: dict[int, list[str]] = {}
+    for name, decision in decisions.items():
+        if decision.order == "shared" and name in streams.made_by and name in explained:
+            together.setdefault(streams.made_by[name], []).append(name)
+    choices: dict[str, Choice] = {}
+    for names in together.values():
+        spec = decisions[names[0]].spec
+        assert spec is not None  # of a Ghost unit
+        layout = choose_layout(torch.stack([explained[name] for name in names]).sum(0), spec)
+        choices |= {name: Choice(explained[name], layout) for name in names}
+    return choices
 
 
 def _permute(student: nn.Module, streams: Streams, orders: dict[int, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ghostify.nn.ghost import GhostConv
 from ghostify.nn.layout import intrinsic_positions
-from ghostify.planning.choice import choose_layout
+from ghostify.planning.choice import Choice, choose_layout
 from ghostify.planning.explained import channel_weight, explained_share, kept_share, rows_for
 from ghostify.planning.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
 
@@ -49,6 +49,7 @@ def fit_unit(
     targets: list[Tensor],
     refit_primary: bool,
     generator: torch.Generator,
+    choice: Choice | None = None,
 ) -> Fitting:
     """Choose the unit's intrinsic channels, then solve its primary and its cheap kernels.
 
@@ -61,12 +62,11 @@ def fit_unit(
         targets: What it should make of it, each ``(b, n, …)``, original channel order.
         refit_primary: Solve the primary on ``inputs``; else its filters stay the chosen original ones.
         generator: Picks the pixels that are sampled.
+        choice: Of the channels, where it has been made already.
     """
-    pixels = [sample_pixels(target, _share(targets, rows_for(unit.out_channels)), generator) for target in targets]
-    window = Window.depthwise(unit.spec.dw_size, unit.dims)
-    explained = explained_share(targets, pixels, window, norm)
-    layout = choose_layout(explained, unit.spec, unit.groups)
-    kept = kept_share(explained, layout, unit.spec, unit.groups)
+    choice = choice or _chosen(unit, norm, targets, generator)
+    layout = choice.layout
+    kept = kept_share(choice.explained, layout, unit.spec, unit.groups)
     unit.take_channels(conv, layout, norm)
     centred = running_mean(norm) is not None or conv.bias is not None
     seen = None
@@ -89,6 +89,13 @@ def fit_unit(
         bias = solve_cheap(unit, inputs, normed, centred=True, generator=generator)
         _let_pass(unit.cheap_norm, _cheap_maps(unit, inputs), bias)
     return found
+
+
+def _chosen(unit: GhostConv, norm: nn.Module | None, targets: list[Tensor], generator: torch.Generator) -> Choice:
+    pixels = [sample_pixels(target, _share(targets, rows_for(unit.out_channels)), generator) for target in targets]
+    window = Window.depthwise(unit.spec.dw_size, unit.dims)
+    explained = explained_share(targets, pixels, window, norm)
+    return Choice(explained, choose_layout(explained, unit.spec, unit.groups))
 
 
 def left_over(unit: GhostConv, norm: nn.Module | None, inputs: list[Tensor], targets: list[Tensor]) -> float:

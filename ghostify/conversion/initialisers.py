@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ghostify.conversion.channel_order import shared_choices
 from ghostify.conversion.fits import Fit
 from ghostify.conversion.fitting import Fitting, fit_unit, left_over
 from ghostify.conversion.refinement import refine_unit
@@ -26,7 +27,8 @@ from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels, white_explained
 from ghostify.errors import InputsError
 from ghostify.nn.ghost import GhostConv
-from ghostify.planning.explained import channel_weight, norm_scale
+from ghostify.planning.choice import Choice, choose_layout
+from ghostify.planning.explained import channel_weight, norm_scale, site_shares
 from ghostify.spec import Decision, Plan
 from ghostify.tracing import Example, Trace, unmarked
 
@@ -77,8 +79,8 @@ Initialiser = Callable[[Conversion], None]
 
 # A norm's squared scale below this share of the mean counts as nearly muting its channel.
 _MUTED = 0.01
-# Images on which the error of a fit is measured.
-_ERROR_IMAGES = 128
+# Images on which the error of a fit is measured, and those on which units that share an order choose it.
+_ERROR_IMAGES, _SHARED_IMAGES = 128, 64
 
 
 def random(conversion: Conversion) -> None:
@@ -111,15 +113,22 @@ def weights(conversion: Conversion) -> None:
     The input is taken for white noise, so that the filters' own correlations say how well a ghost
     follows its parent. What is known from a batch norm (how much a channel counts, its mean) is used.
     """
+    explained: dict[str, Tensor] = {}
     for decision in conversion.plan.replaced:
-        unit, conv, norm = conversion.unit(decision), conversion.original(decision), conversion.norm(decision)
-        solve_kernels(unit, conv, norm, white_explained(conv, channel_weight(norm, conv.out_channels)))
+        conv, norm = conversion.original(decision), conversion.norm(decision)
+        explained[decision.site.name] = white_explained(conv, channel_weight(norm, conv.out_channels))
+    shared = shared_choices(conversion.decisions, conversion.facts.streams, explained)
+    for name, decision in conversion.decisions.items():
+        unit = conversion.unit(decision)
+        layout = shared[name].layout if name in shared else choose_layout(explained[name], unit.spec, unit.groups)
+        solve_kernels(unit, conversion.original(decision), conversion.norm(decision), layout)
 
 
 def least_squares(conversion: Conversion) -> None:
     """Chosen filters; cheap kernels solved for each layer alone, on the teacher's own activations."""
+    shared = _measured_choices(conversion)
     for visit in _visits(conversion, student=conversion.facts.model):
-        _fit(conversion, visit, refit_primary=False).note(conversion)
+        _fit(conversion, visit, shared, refit_primary=False).note(conversion)
 
 
 def sequential(conversion: Conversion) -> None:
@@ -129,8 +138,9 @@ def sequential(conversion: Conversion) -> None:
     the ones before it have lost (the primary is solved again, not only chosen). A layer that closes
     a residual block also makes up for the drift of the shortcut.
     """
+    shared = _measured_choices(conversion)
     for visit in _visits(conversion, student=conversion.student):
-        _fit(conversion, visit, refit_primary=True).note(conversion)
+        _fit(conversion, visit, shared, refit_primary=True).note(conversion)
 
 
 def alternating(conversion: Conversion) -> None:
@@ -141,8 +151,9 @@ def alternating(conversion: Conversion) -> None:
     """
     generator = torch.Generator().manual_seed(conversion.seed)
     metrics = channel_metrics(conversion.facts.model, conversion.plan, conversion.chunks, generator)
+    shared = _measured_choices(conversion)
     for visit in _visits(conversion, student=conversion.student):
-        fitted, decision = _fit(conversion, visit, refit_primary=True), visit.decision
+        fitted, decision = _fit(conversion, visit, shared, refit_primary=True), visit.decision
         refine_unit(
             conversion.unit(decision),
             conversion.norm(decision),
@@ -217,7 +228,21 @@ class _Fitted:
         conversion.fits[self.decision.site.name] = Fit(self.fitting.explained, error)
 
 
-def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> _Fitted:
+def _measured_choices(conversion: Conversion) -> dict[str, Choice]:
+    """One choice of channels for the units that share an order, from what their layers make of some images."""
+    decisions = {name: made for name, made in conversion.decisions.items() if made.order == "shared"}
+    explained: dict[str, Tensor] = {}
+    if decisions:
+        counts = accumulate((chunk.batch for chunk in conversion.chunks), initial=0)
+        chunks = [chunk for chunk, before in zip(conversion.chunks, counts) if before < _SHARED_IMAGES]
+        for spec in {made.spec for made in decisions.values() if made.spec is not None}:
+            sites = [made.site for made in decisions.values() if made.spec == spec]
+            shares = site_shares(conversion.facts, sites, spec, chunks, conversion.seed)
+            explained |= {site.name: share for site, share in shares}
+    return shared_choices(decisions, conversion.facts.streams, explained)
+
+
+def _fit(conversion: Conversion, visit: Visit, shared: dict[str, Choice], *, refit_primary: bool) -> _Fitted:
     """Fit the unit at a site."""
     decision = visit.decision
     norm = conversion.norm(decision)
@@ -236,7 +261,14 @@ def _fit(conversion: Conversion, visit: Visit, *, refit_primary: bool) -> _Fitte
     targets = [_batched(y, decision) for y in targets]
     generator = torch.Generator().manual_seed(conversion.seed)
     fitting = fit_unit(
-        unit, conv, norm, inputs=inputs, targets=targets, refit_primary=refit_primary, generator=generator
+        unit,
+        conv,
+        norm,
+        inputs=inputs,
+        targets=targets,
+        refit_primary=refit_primary,
+        generator=generator,
+        choice=shared.get(decision.site.name),
     )
     return _Fitted(decision, inputs, targets, fitting, generator)
 

@@ -14,7 +14,6 @@ from torch.nn.modules.conv import _ConvNd
 from ghostify.nn.ghost import GhostConv
 from ghostify.nn.layout import intrinsic_positions
 from ghostify.nn.selection import filters_of
-from ghostify.planning.choice import choose_layout
 from ghostify.planning.statistics import ridge_solve
 
 _RIDGE = 1e-4
@@ -40,16 +39,15 @@ def white_explained(conv: _ConvNd, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def solve_kernels(unit: GhostConv, conv: _ConvNd, norm: nn.Module | None, explained: Tensor) -> None:
-    """Choose the unit's channels and solve its cheap kernels; its norm's mean follows where one is known.
+def solve_kernels(unit: GhostConv, conv: _ConvNd, norm: nn.Module | None, layout: Tensor) -> None:
+    """Give the unit its channels and solve its cheap kernels; its norm's mean follows where one is known.
 
     Args:
         unit: The unit; changed in place.
         conv: The original convolution.
         norm: The batch norm that alone reads the unit's output, if there is one.
-        explained: ``(n, n)``, from [white_explained][ghostify.conversion.white_noise.white_explained].
+        layout: The original channel at every position of the unit, ``(n,)``.
     """
-    layout = choose_layout(explained, unit.spec, unit.groups)
     unit.take_channels(conv, layout, norm)
     if unit.cheap_operation is None:
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +15,19 @@ from ghostify.spec import GhostSpec
 
 Matrix = NDArray[np.float32]
 Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which channels of a layer stay, and what speaks for it.
+
+    Attributes:
+        explained: How much of each channel a cheap filter on each other one explains, ``(n, n)``.
+        layout: The original channel at every position of the unit, ``(n,)``.
+    """
+
+    explained: Tensor
+    layout: Tensor
 
 
 def choose_layout(explained: Tensor, spec: GhostSpec, groups: int = 1) -> Tensor:

@@ -160,7 +160,8 @@ def _decided(
         params=facts.params,
         macs=facts.count.macs,
         uncounted=facts.count.outside,
-        decisions=with_orders(decisions, facts.streams),
+        # A promised share is that of a layer's own choice.
+        decisions=with_orders(decisions, facts.streams, share=keep is None),
         lifted=facts.lifted,
         arguments=facts.arguments,
     )
@@ -199,25 +200,36 @@ def _matching(site: Site, overrides: Mapping[str, GhostSpec | None]) -> list[str
     return [pattern for pattern in overrides if fnmatchcase(site.name, pattern)]
 
 
-def with_orders(decisions: Sequence[Decision], streams: Streams) -> tuple[Decision, ...]:
+def with_orders(decisions: Sequence[Decision], streams: Streams, *, share: bool = True) -> tuple[Decision, ...]:
     """Say how the channels of every Ghost unit get where they belong; see [Decision][ghostify.spec.Decision].
 
-    One unit alone can give the channels of a stream its own order; it is folded if it makes more of
-    them than all other units together (those of a gate, say). Other makers follow, if their groups let them.
+    One order is possible for every stream. It is that of one unit, if it makes more of the stream than
+    all other units together (those of a gate, say); else the units that are alike share one. Other
+    makers follow, if their groups let them.
+
+    Args:
+        decisions: For every site.
+        streams: From the graph.
+        share: Whether units may share an order, which costs each some of its choice.
     """
     numbers = {made.site.name: sum(math.prod(call.output_shape) for call in made.site.calls) for made in decisions}
-    replaced = {made.site.name for made in decisions if made.replaced}
+    orders: dict[str, ChannelOrder] = {made.site.name: "index" for made in decisions if made.replaced}
     bound = {made.site.name for made in decisions if made.site.groups > 1}
-
-    def order(site: Site) -> ChannelOrder:
-        stream = streams.made_by.get(site.name)
-        if stream is None or stream in streams.fixed:
-            return "index"
-        others = [name for name in streams.makers(stream) if name != site.name]
-        by_others = sum(numbers[name] for name in others if name in replaced)
-        return "index" if by_others >= numbers[site.name] or bound & {*others} else "folded"
-
-    return tuple(replace(made, order=order(made.site)) if made.replaced else made for made in decisions)
+    together: dict[int, list[Decision]] = {}
+    for made in decisions:
+        stream = streams.made_by.get(made.site.name)
+        if made.replaced and stream is not None and stream not in streams.fixed:
+            together.setdefault(stream, []).append(made)
+    for stream, units in together.items():
+        largest = max(units, key=lambda made: numbers[made.site.name])
+        total = sum(numbers[made.site.name] for made in units)
+        alike = [made for made in units if made.spec == largest.spec]
+        if 2 * numbers[largest.site.name] > total:
+            if not bound & {*streams.makers(stream)} - {largest.site.name}:
+                orders[largest.site.name] = "folded"
+        elif share and len(alike) > 1 and not bound & {*streams.makers(stream)}:
+            orders |= {made.site.name: "shared" for made in alike}
+    return tuple(replace(made, order=orders.get(made.site.name, "")) for made in decisions)
 
 
 def _with_possible_placement(site: Site, spec: GhostSpec) -> tuple[GhostSpec, str]:

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import ghostify
-from ghostify.conversion import channel_order
+from ghostify.conversion import INITIALISERS, channel_order, rewriter
 from ghostify.errors import ConversionError, PlanMismatchError
 from ghostify.nn.cifar import resnet20
+from ghostify.planning.choice import choose_layout
+from ghostify.tracing import trace
 
 
 def randomised(model):
@@ -84,14 +86,16 @@ class Dense(nn.Module):
 @pytest.mark.parametrize("fusion", ["concat", "add"])
 @pytest.mark.parametrize("placement", ["linear", "paper"])
 @pytest.mark.parametrize("make", [Bottlenecks, Dense, resnet20])
-def test_folded_and_indexed_compute_the_same(make, placement, fusion):
+def test_folded_and_indexed_compute_the_same(make, placement, fusion, monkeypatch):
     model, x = randomised(make()), torch.randn(2, 3, 16, 16)
     spec = ghostify.GhostSpec(2, dw_size=1, fusion=fusion, placement=placement)
     overrides = {"stem": 2} if make is Bottlenecks else {"a": 2} if make is Dense else None
     plan = ghostify.plan(model, example_inputs=x, spec=spec, overrides=overrides)
-    folded = [d.site.name for d in plan.replaced if d.order == "folded"]
+    folded = [d.site.name for d in plan.replaced if d.order in ("folded", "shared")]
     assert folded
-    small, slow = (ghostify.apply(made, model, calibration=x).eval() for made in (plan, indexed(plan)))
+    small = ghostify.apply(plan, model, calibration=x).eval()
+    monkeypatch.setattr(rewriter, "fold_orders", lambda *_: None)
+    slow = ghostify.apply(plan, model, calibration=x).eval()
     units = {name: small.get_submodule(name) for name in folded}
     assert all(unit.channel_order is None for unit in units.values())
     assert any(unit.output_channels is not None for unit in units.values())
@@ -108,11 +112,61 @@ def test_what_is_folded_and_what_keeps_an_index():
     plan = ghostify.plan(Bottlenecks(), example_inputs=torch.randn(1, 3, 16, 16))
     orders = {d.site.name: d.order for d in plan}
     assert {orders[f"blocks.{i}.{name}"] for i in (0, 1) for name in ("one.0", "down")} == {"folded"}
-    # The gate joins a larger stream; two units write the residual one.
-    assert {orders[f"blocks.{i}.{name}"] for i in (0, 1) for name in ("up", "three.0")} == {"index"}
+    # The gate joins a larger stream; two units that are alike write the residual one.
+    assert {orders[f"blocks.{i}.up"] for i in (0, 1)} == {"index"}
+    assert {orders[f"blocks.{i}.three.0"] for i in (0, 1)} == {"shared"}
     assert orders["stem"] == orders["blocks.0.two.0"] == ""
     assert "folded" in str(plan)
     assert ghostify.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+def test_units_that_share_an_order_choose_the_same_channels(name):
+    model, x = randomised(Bottlenecks()), torch.randn(8, 3, 16, 16)
+    small = ghostify.convert(model, example_inputs=x, calibration=x, initialiser=name, seed=1)
+    units = [small.get_submodule(f"blocks.{i}.three.0") for i in (0, 1)]
+    assert torch.equal(units[0].layout(), units[1].layout())
+    assert all(unit.channel_order is None for unit in units)
+    if name not in ("random", "first"):
+        assert not torch.equal(units[0].layout(), torch.arange(16))
+
+
+def test_the_shared_choice_is_the_best_for_all_together():
+    spec = ghostify.GhostSpec(2)
+    model = Bottlenecks()
+    plan = ghostify.plan(model, example_inputs=torch.randn(1, 3, 16, 16), spec=spec)
+    decisions = {d.site.name: d for d in plan.replaced}
+    streams = trace(model, torch.randn(1, 3, 16, 16)).streams
+    sure, unsure = torch.rand(16, 16) + 100 * torch.eye(16), 0.01 * torch.rand(16, 16) + 0.01 * torch.eye(16)
+    explained = {"blocks.0.three.0": unsure, "blocks.1.three.0": sure}
+    choices = channel_order.shared_choices(decisions, streams, explained)
+    assert choices.keys() == explained.keys()
+    assert torch.equal(choices["blocks.0.three.0"].layout, choose_layout(sure + unsure, spec))
+    assert choices["blocks.0.three.0"].explained is unsure
+
+
+def test_a_start_of_ones_own_may_choose_differently():
+    def start(conversion):
+        for seed, decision in enumerate(conversion.plan.replaced):
+            layout = torch.randperm(decision.site.out_channels, generator=torch.Generator().manual_seed(seed))
+            conversion.unit(decision).take_channels(conversion.original(decision), layout)
+
+    model, x = randomised(Bottlenecks()), torch.randn(2, 3, 16, 16)
+    small = ghostify.convert(model, example_inputs=x, initialiser=start)
+    first, second = (small.get_submodule(f"blocks.{i}.three.0") for i in (0, 1))
+    assert first.channel_order is None
+    assert second.channel_order is not None  # what comes out is checked at the conversion
+
+
+def test_other_specs_and_promised_shares_keep_an_index():
+    model, x = randomised(Bottlenecks()), torch.randn(8, 3, 16, 16)
+    plans = [
+        ghostify.plan(model, example_inputs=x, overrides={"blocks.0.three.0": 4}),
+        ghostify.plan(model, keep=0.05, calibration=x),
+    ]
+    for plan in plans:
+        orders = {d.site.name: d.order for d in plan.replaced}
+        assert {orders[f"blocks.{i}.three.0"] for i in (0, 1)} == {"index"}
 
 
 def test_a_kept_layer_with_groups_cannot_follow():
@@ -152,6 +206,7 @@ def test_no_gather_where_the_order_is_folded(tmp_path):
         gathers.append(sum(node.op_type == "Gather" for node in nodes))
     orders = [d.order for d in plan.replaced]
     assert gathers == [orders.count("index"), len(orders)]
+    assert "shared" in orders
 
 
 def test_outputs_that_change_are_an_error(monkeypatch):
