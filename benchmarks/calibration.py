@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 import ghostify
-from benchmarks.pages import facts_of_this_machine
+from benchmarks.pages import measured_on
 
 
 def run(network: str, images: int, ratio: float, threads: int) -> tuple[int, float, float]:
@@ -49,7 +49,7 @@ def main() -> None:
             rows.append(pool.apply(run, (options.network, images, options.ratio, options.threads)))
         print(rows[-1], flush=True)
     print(tabulate(rows, headers=["images", "s", "MiB"], tablefmt="github", floatfmt=".0f"))
-    print(", ".join(f"{name} {value}" for name, value in facts_of_this_machine(options.threads).items()))
+    print(measured_on(options.threads))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ are made from it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import multiprocessing
 import resource
@@ -26,14 +25,23 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 import ghostify
 from benchmarks.networks import NETWORKS, SHARED, Case, accuracy, load
-from benchmarks.pages import Row, add_rows, facts_of_this_machine, grouped, is_there, read_rows, show, told
+from benchmarks.pages import (
+    Row,
+    add_rows,
+    drawing,
+    grouped,
+    is_there,
+    measured_on,
+    options_of,
+    read_rows,
+    show,
+    told,
+)
 from ghostify.conversion import estimate_norms
-from ghostify.files import atomic_file
 
 ROOT = Path(__file__).parents[1]
 ROWS, PAGE, PLOT = (ROOT / "docs" / f"initialisation.{kind}" for kind in ("json", "md", "svg"))
@@ -135,63 +143,46 @@ def table_lines(rows: list[Row]) -> Iterator[list[str]]:
 
 def draw(rows: list[Row]) -> None:
     """Accuracy right after conversion against the share of MACs that is left, a panel for every network."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ghostify"  # the same file from the same rows
-    from matplotlib import pyplot
-
     starts = [row for row in rows if not row["epochs"]]
     networks = [name for name in NETWORKS if any(row["network"] == name for row in starts)]
-    figure, panels = pyplot.subplots(1, len(networks), figsize=(4.2 * len(networks), 3.6), squeeze=False)
-    for panel, network in zip(panels[0], networks):
-        mine = [row for row in starts if row["network"] == network]
-        for initialiser in ghostify.conversion.INITIALISERS:
-            points = sorted(
-                (100 * same[0]["share"], statistics.mean(row["start"] for row in same))
-                for (_, name), same in grouped(mine, "ratio", "initialiser").items()
-                if name == initialiser
-            )
-            if points:
-                panel.plot(*zip(*points), marker="o", markersize=4, label=initialiser)
-        panel.axhline(mine[0]["teacher"], color="0.5", linestyle="--", linewidth=1)
-        panel.set(title=network, xlabel="MACs left, %", ylim=(0, 100))
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("accuracy right after conversion, %")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_file(PLOT) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    with drawing(PLOT, len(networks), (4.2, 3.6)) as panels:
+        for panel, network in zip(panels, networks):
+            mine = [row for row in starts if row["network"] == network]
+            for initialiser in ghostify.conversion.INITIALISERS:
+                points = sorted(
+                    (100 * same[0]["share"], statistics.mean(row["start"] for row in same))
+                    for (name, *_), same in grouped(mine, "initialiser", "ratio", "images").items()
+                    if name == initialiser
+                )
+                if points:
+                    panel.plot(*zip(*points), marker="o", markersize=4, label=initialiser)
+            panel.axhline(mine[0]["teacher"], color="0.5", linestyle="--", linewidth=1)
+            panel.set(title=network, xlabel="MACs left, %", ylim=(0, 100))
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel("accuracy right after conversion, %")
+        panels[-1].legend(fontsize=8)
 
 
 def write_page() -> None:
     """Put the table into the page, between its markers, and draw the plot."""
+    rows = read_rows(ROWS)
     headers = ["network", "ratio", "params", "MACs", "start", "images", "test %", "norms anew %"]
     headers += [*(f"{epochs} epoch{'s' * (epochs > 1)} %" for epochs in SCHEDULES), "s", "MiB", "seeds"]
-    rows = read_rows(ROWS)
-    table = tabulate(list(table_lines(rows)), headers=headers, tablefmt="github", disable_numparse=True)
-    show(PAGE, "benchmarks.initialisation", table, ROWS)
+    show(PAGE, "benchmarks.initialisation", headers, list(table_lines(rows)), rows)
     draw(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
+    parser = options_of(__doc__, NETWORKS, SHARED)
     parser.add_argument("--initialiser", action="append", help="repeatable; all by default")
     parser.add_argument("--ratio", type=float, action="append", help="repeatable; 2 by default")
-    parser.add_argument("--images", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, action="append", choices=SCHEDULES, help="distil for so long, too")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shared", default=str(SHARED), help="folder of cifar10/, weights/ and imagenet-sample/")
-    parser.add_argument("--imagenet", default=".", help="folder of the unpacked packages with weights for ImageNet")
-    parser.add_argument("--report-only", action="store_true", help="run nothing, write the page")
     options = parser.parse_args()
     torch.set_num_threads(1)  # what forks must not have threads of its own
     names = options.initialiser or list(ghostify.conversion.INITIALISERS)
     for seed in [] if options.report_only else options.seeds:
         known = load(options.network, seed, options.shared, options.imagenet)
-        teacher = {"teacher": accuracy(known.model, known.test())}
+        about = {"teacher": accuracy(known.model, known.test()), "on": measured_on(options.threads)}
         for ratio, name in product(options.ratio or [2.0], names):
             conversion = (options.network, name, ratio, options.images, seed)
             cases = [dict(zip(CASE, (*conversion, epochs), strict=True)) for epochs in (0, *(options.epochs or ()))]
@@ -200,10 +191,10 @@ def main() -> None:
                 continue
             # A process of its own, so that its peak of memory is its own; it begins with the data read already.
             with multiprocessing.get_context("fork").Pool(1, _known.append, (known,)) as pool:
-                rows = [row | teacher for row in pool.apply(run, (cases, options.threads))]
+                rows = [row | about for row in pool.apply(run, (cases, options.threads))]
             for row in rows:
                 print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-            add_rows(ROWS, rows, CASE, facts_of_this_machine(options.threads))
+            add_rows(ROWS, rows, CASE)
     write_page()
 
 

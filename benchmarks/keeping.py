@@ -11,7 +11,6 @@ the table and the plot of docs/initialisation.md are made from it.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 import warnings
@@ -19,13 +18,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 
 import ghostify
 from benchmarks.networks import NETWORKS, SHARED, Case, accuracy, load
-from benchmarks.pages import Row, add_rows, facts_of_this_machine, grouped, is_there, read_rows, show, told
+from benchmarks.pages import (
+    Row,
+    add_rows,
+    drawing,
+    grouped,
+    is_there,
+    measured_on,
+    options_of,
+    read_rows,
+    show,
+    told,
+)
 from ghostify.errors import NothingToConvertError
-from ghostify.files import atomic_file
 
 DOCS = Path(__file__).parents[1] / "docs"
 ROWS, PAGE, PLOT = DOCS / "keeping.json", DOCS / "initialisation.md", DOCS / "keeping.svg"
@@ -39,7 +47,8 @@ def run(case: Row, known: Case) -> Row:
     try:
         plan = ghostify.plan(known.model, keep=case["keep"], calibration=images)
     except NothingToConvertError:  # no layer keeps so much
-        return {**case, "sites": 0, "saved": 0.0, "test": accuracy(known.model, known.test()), "seconds": 0.0}
+        seconds, test = time.perf_counter() - began, accuracy(known.model, known.test())
+        return {**case, "sites": 0, "saved": 0.0, "test": test, "seconds": seconds}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of poor fits, which the table shows
         small = ghostify.apply(plan, known.model, calibration=images, seed=case["seed"]).eval()
@@ -80,56 +89,38 @@ def _lost(row: Row) -> float:
 
 def draw(rows: list[Row]) -> None:
     """Points of accuracy lost against the share of MACs saved."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "ghostify"  # the same file from the same rows
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots(figsize=(6.4, 4))
-    for network in [name for name in NETWORKS if any(row["network"] == name for row in rows)]:
-        mine = grouped([row for row in rows if row["network"] == network], "keep").values()
-        saved, lost = ([statistics.mean(how(row) for row in same) for same in mine] for how in (_saved, _lost))
-        points = [(0.0, 0.0), *sorted(zip(saved, lost))]
-        panel.plot(*zip(*points), marker="o", markersize=4, label=network)
-    panel.set(xlabel="MACs saved, %", ylabel="points of accuracy lost", yscale="symlog")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    figure.tight_layout()
-    with atomic_file(PLOT) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    with drawing(PLOT, 1, (6.4, 4)) as (panel,):
+        for network in [name for name in NETWORKS if any(row["network"] == name for row in rows)]:
+            mine = grouped([row for row in rows if row["network"] == network], "keep", "images").values()
+            saved, lost = ([statistics.mean(how(row) for row in same) for same in mine] for how in (_saved, _lost))
+            panel.plot(*zip((0.0, 0.0), *sorted(zip(saved, lost))), marker="o", markersize=4, label=network)
+        panel.set(xlabel="MACs saved, %", ylabel="points of accuracy lost", yscale="symlog")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
 
 
 def write_page() -> None:
     """Put the table into the page, between its markers, and draw the plot."""
-    headers = ["network", "keep", "images", "Ghost units", "MACs saved %", "accuracy %", "points lost", "s", "seeds"]
     rows = read_rows(ROWS)
-    table = tabulate(list(table_lines(rows)), headers=headers, tablefmt="github", disable_numparse=True)
-    show(PAGE, "benchmarks.keeping", table, ROWS)
+    headers = ["network", "keep", "images", "Ghost units", "MACs saved %", "accuracy %", "points lost", "s", "seeds"]
+    show(PAGE, "benchmarks.keeping", headers, list(table_lines(rows)), rows)
     draw(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
+    parser = options_of(__doc__, NETWORKS, SHARED)
     parser.add_argument("--keep", type=float, action="append", help="repeatable; 0.8, 0.9, 0.95, 0.98, 0.99 by default")
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--shared", default=str(SHARED), help="folder of cifar10/, weights/ and imagenet-sample/")
-    parser.add_argument("--imagenet", default=".", help="folder of the unpacked packages with weights for ImageNet")
-    parser.add_argument("--report-only", action="store_true", help="run nothing, write the page")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for seed in [] if options.report_only else options.seeds:
         known = load(options.network, seed, options.shared, options.imagenet)
-        teacher = {"teacher": accuracy(known.model, known.test())}
+        about = {"teacher": accuracy(known.model, known.test()), "on": measured_on(options.threads)}
         for keep in options.keep or [0.8, 0.9, 0.95, 0.98, 0.99]:
             case = dict(zip(CASE, (options.network, keep, options.images, seed), strict=True))
             if not is_there(ROWS, case):
-                row = run(case, known) | teacher
+                row = run(case, known) | about
                 print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-                add_rows(ROWS, [row], CASE, facts_of_this_machine(options.threads))
+                add_rows(ROWS, [row], CASE)
     write_page()
 
 

@@ -37,7 +37,7 @@ class Case:
 
     Attributes:
         model: The network, in evaluation mode.
-        sample: So many images to start from, without labels: ``sample(count)``.
+        sample: So many images to start from, without labels: ``sample(count)``; refused if there are fewer.
         test: Batches that score.
         train: Batches to train on, where there are any.
         val: Batches for choices, where there are any.
@@ -59,7 +59,7 @@ def _cifar(name: str, seed: int, shared: Path) -> Case:
     model = getattr(cifar, name)()
     model.load_state_dict(load_file(shared / "weights" / f"cifar10_{name}.safetensors"))
     splits = ghostify.load_data(f"parquet:{shared / 'cifar10'}", DataOptions(seed=seed))
-    return Case(model.eval(), splits.train.sample, lambda: splits.test, splits.train, splits.val)
+    return Case(model.eval(), _sampler(splits.train), lambda: splits.test, splits.train, splits.val)
 
 
 def _imagenet(name: str, seed: int, shared: str | Path, weights: Path) -> Case:
@@ -77,7 +77,16 @@ def _imagenet(name: str, seed: int, shared: str | Path, weights: Path) -> Case:
     start, score = order.chunk(2)
     starting = ImageBatches(images[start], None, batch_size=32, mean=mean, std=std, seed=seed)
     scoring = ImageBatches(images[score], labels[score], batch_size=32, mean=mean, std=std)
-    return Case(model.eval(), starting.sample, lambda: scoring)
+    return Case(model.eval(), _sampler(starting), lambda: scoring)
+
+
+def _sampler(batches: ImageBatches) -> Callable[[int], Tensor]:
+    def sample(count: int) -> Tensor:
+        if count > len(batches.images):
+            raise SystemExit(f"--images {count}: there are {len(batches.images)} to start from")
+        return batches.sample(count)
+
+    return sample
 
 
 def _efficientnet_lite0(file: Path) -> nn.Module:

@@ -246,7 +246,8 @@ def _moments_of(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     total = square = torch.zeros((), dtype=torch.float64)
     count = 0
     for map_ in maps:
-        variance, mean = torch.var_mean(map_, [dim for dim in range(map_.dim()) if dim != 1], correction=0)
+        numbers = map_ if map_.dtype == torch.float64 else map_.float()
+        variance, mean = torch.var_mean(numbers, [dim for dim in range(map_.dim()) if dim != 1], correction=0)
         size = map_.numel() // map_.shape[1]
         total = total + size * mean.double()
         square = square + size * (variance.double() + mean.double().square())

@@ -6,41 +6,44 @@ with images has no use for it, because there the norms carry the original's stat
 
 from __future__ import annotations
 
-import copy
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
-from ghostify.conversion.fitting import running_mean
 from ghostify.errors import InputsError
-from ghostify.tracing import evaluating
+from ghostify.tracing import unmarked
 from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks
 
-# As far as this from mean 0 and variance 1 is what is left where a norm's statistics were folded away.
-_EXACT = 1e-6
+# Statistics as near to mean 0 and variance 1 as this are what is left where a norm was folded away.
+_TOLERANCE = 1e-6
 
 
 def estimate_norms(model: nn.Module, calibration: Calibration, *, images: int = MOST_IMAGES) -> tuple[str, ...]:
     """Replace the statistics of every batch norm by those of the given images.
 
-    Means and variances are averaged over the batches, each norm seeing what the norms before it
-    make of a batch (as in training). Nothing else of the model changes, and no gradient is taken.
+    Means and variances are averaged over the batches, every example counting alike; each norm sees
+    what the norms before it make of a batch, as in training. Nothing else of the model changes, no
+    gradient is taken, and norms that the images do not reach keep what they know.
 
     Args:
-        model: Any model; its batch norms are changed in place. Norms without statistics stay.
+        model: Any model; torch's batch norms with statistics are changed in place, frozen ones too.
         calibration: A tensor ``(n, c, h, w)`` or an iterable of batches, as [apply][ghostify.apply] takes
-            them. Batches should be as large as in training: of a single example there is no variance.
+            them. A tensor is split into batches of up to 64.
         images: How many examples are enough.
 
     Returns:
         The names of the norms that looked folded: mean 0 and variance 1 in every channel, as where
-        scale and shift had been moved into the convolution before. They are warned of: after this
-        they normalise what they let pass before.
+        the statistics had been moved into the convolution before. They are warned of: after this
+        they normalise what they only scaled before.
 
     Raises:
-        InputsError: There are no images, a single one, or some that are no numbers.
+        InputsError: There are no images, some are no numbers, or a norm gets a single number of a
+            channel, of which there is no variance.
 
     Example:
         >>> layers = nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1))
@@ -51,44 +54,65 @@ def estimate_norms(model: nn.Module, calibration: Calibration, *, images: int = 
         3
     """
     chunks = calibration_chunks(calibration, model, images)
-    if not chunks or min(chunk.batch for chunk in chunks) < 2:
-        raise InputsError("calibration has a batch of fewer than 2 examples, of which there is no variance.")
+    if not chunks:
+        raise InputsError("calibration=None: there is nothing to estimate norms from. Pass images (n, c, h, w).")
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm) and _has_statistics(module)
     }
-    folded = tuple(name for name, norm in norms.items() if looks_folded(norm))
+    folded = tuple(name for name, norm in norms.items() if _looks_folded(norm))
     if folded:
         warnings.warn(
             f"{len(folded)} of {len(norms)} batch norms hold mean 0 and variance 1 in every channel "
             f"({', '.join(folded[:5])}{', …' if len(folded) > 5 else ''}): they look folded into the layers before "
-            "them, or were never trained. From now on they normalise what they let pass before.",
+            "them, or were never trained. From now on they normalise what they only scaled before.",
             stacklevel=2,
         )
-    before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms.values()]
-    with evaluating(model), torch.no_grad():
-        try:
-            for norm, _, _ in before:
-                norm.reset_running_stats()
-                norm.momentum = None  # the plain mean over batches
-                norm.train()
-            for chunk in chunks:
-                fresh = chunk.copied()
+    totals: dict[str, list[Tensor]] = {}
+    with unmarked(model), torch.no_grad(), torch.random.fork_rng(devices=[]):  # also takes the hooks off
+        torch.manual_seed(0)  # for a model that draws random numbers
+        for name, norm in norms.items():
+            norm.training, norm.momentum = True, 1.0  # it holds the statistics of the last batch alone
+            norm.num_batches_tracked = None
+            norm.register_forward_hook(_adder(totals.setdefault(name, [])))
+        for chunk in chunks:
+            fresh = chunk.copied()
+            try:
                 model(*fresh.args, **fresh.kwargs)
-        except BaseException:
-            for norm, _, state in before:
-                norm.load_state_dict(state)
-            raise
-        finally:
-            for norm, momentum, _ in before:
-                norm.momentum = momentum
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise InputsError(f"calibration has a batch too small for a batch norm: {error}") from error
+    with torch.no_grad():
+        for name, norm in norms.items():
+            if totals[name]:
+                count, mean, variance = totals[name]
+                norm.running_mean.copy_(mean / count)  # type: ignore[union-attr]  # it has statistics
+                norm.running_var.copy_(variance / count)  # type: ignore[union-attr]
     return folded
 
 
-def looks_folded(norm: nn.Module) -> bool:
-    """Whether a norm's statistics are mean 0 and variance 1 in every channel, so that they change nothing."""
-    mean, variance = running_mean(norm), getattr(norm, "running_var", None)
-    if mean is None or not isinstance(variance, torch.Tensor):
-        return False
-    return bool(mean.abs().max() <= _EXACT and (variance - 1).abs().max() <= _EXACT)
+def _adder(total: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that adds what a norm has just seen, every example counting alike: count, means, variances."""
+
+    def add(norm: nn.Module, args: Any, output: Any) -> None:
+        assert isinstance(norm, _BatchNorm)  # it is registered on nothing else
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        count = len(args[0])
+        seen = [torch.tensor(count), count * norm.running_mean.double(), count * norm.running_var.double()]
+        total[:] = [a + b for a, b in zip(total, seen, strict=True)] if total else seen
+
+    return add
+
+
+def _has_statistics(norm: _BatchNorm) -> bool:
+    return norm.running_mean is not None and norm.running_var is not None and not is_lazy(norm.running_mean)
+
+
+def _looks_folded(norm: _BatchNorm) -> bool:
+    """Whether a norm's statistics are mean 0 and variance 1 in every channel."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return bool(norm.running_mean.abs().max() <= _TOLERANCE and (norm.running_var - 1).abs().max() <= _TOLERANCE)

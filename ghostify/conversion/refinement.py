@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,13 @@ class _Effort:
     rounds: int
     steps: int
 
-    @property
-    def passes(self) -> int:
-        """How often the layer is run, a backward pass counted as two."""
-        return self.rounds * (3 * (self.steps + 1) + 4)
+    def macs(self, layer: int, metric: int) -> int:
+        """Multiply-accumulates for one image, from those of the primary and of applying the metric, once.
+
+        A round has a product with the metric, and the layer run and its weight's gradient, for every
+        step and once before; and the layer four times more, for goals, what is left over and kernels.
+        """
+        return self.rounds * ((self.steps + 1) * (2 * layer + metric) + 4 * layer)
 
 
 # The most thorough one that is affordable on enough images.
@@ -134,7 +137,7 @@ def refine_unit(
     assert isinstance(primary, _ConvNd)  # a copy of a plain one, or its filters would not have been solved
     if primary.weight.dtype != torch.float32:
         return
-    effort, images = _affordable(primary, inputs, targets)
+    effort, images = _affordable(primary, inputs, targets, metric)
     site = _sampled(unit, norm, tail, inputs, targets, metric, images, generator)
     mean = running_mean(norm)
     factors = _cholesky(seen)
@@ -155,18 +158,19 @@ def refine_unit(
             mean.copy_(teachers - site.offset.flatten())
 
 
-def _affordable(primary: _ConvNd, inputs: list[Tensor], targets: list[Tensor]) -> tuple[_Effort, int]:
+def _affordable(
+    primary: _ConvNd, inputs: list[Tensor], targets: list[Tensor], metric: Tensor | None
+) -> tuple[_Effort, int]:
     """How thoroughly a unit can be refined, and on how many images, for what it may cost."""
     maps, total = targets[0], sum(len(x) for x in inputs)
-    size, channels = math.prod(maps.shape[2:]), maps.shape[1]
+    size = math.prod(maps.shape[2:])
+    layer = size * primary.weight.numel()
+    products = 0 if metric is None or metric.dim() == 1 else size * metric.numel()
     enough = math.ceil((_PIXELS + _PIXELS_PER_UNKNOWN * primary.weight[0].numel()) / size)
-    most = max(enough, min(_IMAGES, _NUMBERS // (inputs[0][0].numel() + maps[0].numel())))
-    macs = size * (primary.weight.numel() + channels**2)  # of one image: its maps, and the metric applied to them
-    for effort in _EFFORTS:
-        affordable = int(_MOST_MACS / (effort.passes * macs))
-        if affordable >= min(enough, total):
-            break
-    return effort, min(total, most, max(affordable, _FEWEST_IMAGES))
+    most = max(_FEWEST_IMAGES, enough, min(_IMAGES, _NUMBERS // (inputs[0][0].numel() + maps[0].numel())))
+    images = {effort: int(_MOST_MACS / effort.macs(layer, products)) for effort in _EFFORTS}
+    effort = next((some for some in _EFFORTS if images[some] >= min(enough, total)), _EFFORTS[-1])
+    return effort, min(total, most, max(_FEWEST_IMAGES, images[effort]))
 
 
 def _sampled(
@@ -183,14 +187,15 @@ def _sampled(
     images = torch.randperm(sum(len(x) for x in inputs), generator=generator)[:count].sort().values
     part = max(1, _LARGEST_PART // (inputs[0][0].numel() + targets[0][0].numel()))
 
+    starts = torch.tensor([0, *(len(x) for x in inputs)]).cumsum(0).tolist()
+    chosen = [images[(images >= start) & (images < stop)] - start for start, stop in pairwise(starts)]
+    some = [index for index, rows in enumerate(chosen) if len(rows)]
+    # Chunks are joined where inputs and outputs alike are of one size.
+    alike = [list(run) for _, run in groupby(some, key=lambda i: (inputs[i].shape[1:], targets[i].shape[1:]))]
+
     def sampled(chunks: list[Tensor]) -> list[Tensor]:
-        starts = torch.tensor([0, *(len(chunk) for chunk in chunks)]).cumsum(0).tolist()
-        some = [
-            chunk[(images[(images >= start) & (images < stop)] - start).to(chunk.device)]
-            for chunk, start, stop in zip(chunks, starts, starts[1:])
-        ]
-        alike = groupby((maps for maps in some if len(maps)), key=lambda maps: maps.shape[1:])
-        return [piece for _, maps in alike for piece in torch.split(torch.cat(list(maps)), part)]
+        taken = {index: chunks[index][chosen[index].to(chunks[index].device)] for index in some}
+        return [piece for run in alike for piece in torch.split(torch.cat([taken[i] for i in run]), part)]
 
     scale = norm_scale(tail.norm, unit.out_channels).to(targets[0])
     bias = getattr(tail.norm, "bias", None)
