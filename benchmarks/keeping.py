@@ -95,6 +95,7 @@ def draw(rows: list[Row]) -> None:
             saved, lost = ([statistics.mean(how(row) for row in same) for same in mine] for how in (_saved, _lost))
             panel.plot(*zip((0.0, 0.0), *sorted(zip(saved, lost))), marker="o", markersize=4, label=network)
         panel.set(xlabel="MACs saved, %", ylabel="points of accuracy lost", yscale="symlog")
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
 

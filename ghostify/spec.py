@@ -197,8 +197,7 @@ class Decision:
         params_after: Parameters of what replaces it.
         macs_before: Multiply-accumulates of all its calls, batch 1, no bias.
         macs_after: The same of what replaces it.
-        order: Of a Ghost unit's channels: ``folded`` into the layers that read them; ``shared`` with the other units
-            that write the same channels, one choice for all, and folded; or put back by an ``index`` at every run.
+        order: Of its channels: ``folded`` into what reads them, ``shared`` by units and folded, or an ``index``.
         explained: Share of the layer's variance behind its norm that chosen channels and cheap kernels can make.
         error: Share of it that the started Ghost unit misses in the converted model.
     """
