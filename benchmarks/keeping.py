@@ -20,19 +20,8 @@ from pathlib import Path
 import torch
 
 import ghostify
+from benchmarks import pages
 from benchmarks.networks import NETWORKS, SHARED, Case, accuracy, load
-from benchmarks.pages import (
-    Row,
-    add_rows,
-    drawing,
-    grouped,
-    is_there,
-    measured_on,
-    options_of,
-    read_rows,
-    show,
-    told,
-)
 from ghostify.errors import NothingToConvertError
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -40,7 +29,7 @@ ROWS, PAGE, PLOT = DOCS / "keeping.json", DOCS / "initialisation.md", DOCS / "ke
 CASE = ("network", "keep", "images", "seed")
 
 
-def run(case: Row, known: Case) -> Row:
+def run(case: pages.Row, known: Case) -> pages.Row:
     """Plan by one share, convert, and score."""
     images = known.sample(case["images"])
     began = time.perf_counter()
@@ -61,37 +50,37 @@ def run(case: Row, known: Case) -> Row:
     }
 
 
-def table_lines(rows: list[Row]) -> Iterator[list[str]]:
+def table_lines(rows: list[pages.Row]) -> Iterator[list[str]]:
     """A line for every share, least saved first."""
     for (network, keep, images), same in sorted(
-        grouped(rows, *CASE[:3]).items(), key=lambda item: (NETWORKS.index(item[0][0]), -item[0][1])
+        pages.grouped(rows, *CASE[:3]).items(), key=lambda item: (NETWORKS.index(item[0][0]), -item[0][1])
     ):
         yield [
             network,
             f"{keep:g}",
             str(images),
-            told([row["sites"] for row in same], 0),
-            told([*map(_saved, same)], 1),
-            told([row["test"] for row in same]),
-            told([*map(_lost, same)]),
-            told([row["seconds"] for row in same], 0),
+            pages.told([row["sites"] for row in same], 0),
+            pages.told([*map(_saved, same)], 1),
+            pages.told([row["test"] for row in same]),
+            pages.told([*map(_lost, same)]),
+            pages.told([row["seconds"] for row in same], 0),
             str(len(same)),
         ]
 
 
-def _saved(row: Row) -> float:
+def _saved(row: pages.Row) -> float:
     return row["saved"]
 
 
-def _lost(row: Row) -> float:
+def _lost(row: pages.Row) -> float:
     return row["teacher"] - row["test"]
 
 
-def draw(rows: list[Row]) -> None:
+def draw(rows: list[pages.Row]) -> None:
     """Points of accuracy lost against the share of MACs saved."""
-    with drawing(PLOT, 1, (6.4, 4)) as (panel,):
+    with pages.drawing(PLOT, 1, (6.4, 4)) as (panel,):
         for network in [name for name in NETWORKS if any(row["network"] == name for row in rows)]:
-            mine = grouped([row for row in rows if row["network"] == network], "keep", "images").values()
+            mine = pages.grouped([row for row in rows if row["network"] == network], "keep", "images").values()
             saved, lost = ([statistics.mean(how(row) for row in same) for same in mine] for how in (_saved, _lost))
             panel.plot(*zip((0.0, 0.0), *sorted(zip(saved, lost))), marker="o", markersize=4, label=network)
         panel.set(xlabel="MACs saved, %", ylabel="points of accuracy lost", yscale="symlog")
@@ -102,26 +91,26 @@ def draw(rows: list[Row]) -> None:
 
 def write_page() -> None:
     """Put the table into the page, between its markers, and draw the plot."""
-    rows = read_rows(ROWS)
+    rows = pages.read_rows(ROWS)
     headers = ["network", "keep", "images", "Ghost units", "MACs saved %", "accuracy %", "points lost", "s", "seeds"]
-    show(PAGE, "benchmarks.keeping", headers, list(table_lines(rows)), rows)
+    pages.show(PAGE, "benchmarks.keeping", headers, list(table_lines(rows)), rows)
     draw(rows)
 
 
 def main() -> None:
-    parser = options_of(__doc__, NETWORKS, SHARED)
+    parser = pages.options_of(__doc__, NETWORKS, SHARED)
     parser.add_argument("--keep", type=float, action="append", help="repeatable; 0.8, 0.9, 0.95, 0.98, 0.99 by default")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for seed in [] if options.report_only else options.seeds:
         known = load(options.network, seed, options.shared, options.imagenet)
-        about = {"teacher": accuracy(known.model, known.test()), "on": measured_on(options.threads)}
+        about = {"teacher": accuracy(known.model, known.test()), "on": pages.measured_on(options.threads)}
         for keep in options.keep or [0.8, 0.9, 0.95, 0.98, 0.99]:
             case = dict(zip(CASE, (options.network, keep, options.images, seed), strict=True))
-            if not is_there(ROWS, case):
+            if not pages.is_there(ROWS, case):
                 row = run(case, known) | about
                 print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
-                add_rows(ROWS, [row], CASE)
+                pages.add_rows(ROWS, [row], CASE)
     write_page()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ Row = dict[str, Any]
 
 def measured_on(threads: int) -> str:
     """What figures depend on beside the command."""
-    about = f"ghostify {ghostify.__version__}, torch {torch.__version__}, {processor()}"
+    made = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    version = f"commit {made.stdout.strip()}" if made.returncode == 0 else ghostify.__version__
+    about = f"ghostify {version}, torch {torch.__version__}, {processor()}"
     return f"{about}, {threads} thread{'s' * (threads > 1)}"
 
 

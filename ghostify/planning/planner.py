@@ -223,7 +223,8 @@ def with_orders(decisions: Sequence[Decision], streams: Streams, *, share: bool 
     for stream, units in together.items():
         largest = max(units, key=lambda made: numbers[made.site.name])
         total = sum(numbers[made.site.name] for made in units)
-        alike = [made for made in units if made.spec == largest.spec]
+        (usual, _), *_ = Counter(made.spec for made in units).most_common(1)
+        alike = [made for made in units if made.spec == usual]
         if 2 * numbers[largest.site.name] > total:
             if not bound & {*streams.makers(stream)} - {largest.site.name}:
                 orders[largest.site.name] = "folded"

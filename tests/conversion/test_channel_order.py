@@ -137,12 +137,25 @@ def test_the_shared_choice_is_the_best_for_all_together():
     plan = ghostify.plan(model, example_inputs=torch.randn(1, 3, 16, 16), spec=spec)
     decisions = {d.site.name: d for d in plan.replaced}
     streams = trace(model, torch.randn(1, 3, 16, 16)).streams
-    sure, unsure = torch.rand(16, 16) + 100 * torch.eye(16), 0.01 * torch.rand(16, 16) + 0.01 * torch.eye(16)
-    explained = {"blocks.0.three.0": unsure, "blocks.1.three.0": sure}
-    choices = channel_order.shared_choices(decisions, streams, explained)
-    assert choices.keys() == explained.keys()
-    assert torch.equal(choices["blocks.0.three.0"].layout, choose_layout(sure + unsure, spec))
-    assert choices["blocks.0.three.0"].explained is unsure
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.rand(16, 16, generator=generator) + torch.eye(16) for _ in range(2))
+    choices = channel_order.shared_choices(decisions, streams, {"blocks.0.three.0": one, "blocks.1.three.0": other})
+    both, alone, apart = (choose_layout(explained, spec) for explained in (one + other, one, other))
+    assert not torch.equal(both, alone)
+    assert not torch.equal(both, apart)
+    assert all(torch.equal(choice.layout, both) for choice in choices.values())
+    assert choices["blocks.0.three.0"].explained is one
+
+
+def test_those_that_are_alike_share_though_another_is_not():
+    class Three(Bottlenecks):
+        def __init__(self):
+            super().__init__()
+            self.blocks.append(self.block())
+
+    plan = ghostify.plan(Three(), example_inputs=torch.randn(1, 3, 16, 16), overrides={"blocks.0.three.0": 4})
+    orders = {d.site.name: d.order for d in plan}
+    assert [orders[f"blocks.{i}.three.0"] for i in range(3)] == ["index", "shared", "shared"]
 
 
 def test_a_start_of_ones_own_may_choose_differently():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ghostify
-from ghostify.conversion import INITIALISERS, fitting
+from ghostify.conversion import INITIALISERS
 from ghostify.errors import ConversionError, InputsError
 from ghostify.tracing import trace
 
@@ -382,28 +382,3 @@ def test_one_map_without_a_batch_inside_the_model():
     one, other = (converted(model, **options) for model in singles)
     assert torch.equal(one.c1.primary_conv.weight, other.c1.primary_conv.weight)
     assert torch.allclose(one.c2.primary_conv.weight, other.c2.primary_conv.weight, atol=1e-4)
-
-
-def test_batches_whose_inputs_differ_and_whose_outputs_agree():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4),
-        nn.Flatten(),
-        nn.Linear(512, 5),
-    ).eval()
-    batches = [torch.randn(16, 3, side, side) for side in (15, 16)]
-    small = ghostify.convert(model, example_inputs=batches[0], calibration=batches)
-    assert small.ghostify_plan.replaced[-1].error < 0.9
-
-
-def test_a_norm_takes_the_exact_mean_of_half_precision_maps():
-    maps = (3 + torch.randn(64, 2, 16, 16, generator=torch.Generator().manual_seed(0))).bfloat16()
-    mean, variance = fitting._moments_of([maps])
-    assert torch.allclose(mean, maps.double().mean((0, 2, 3)), atol=1e-5)
-    assert torch.allclose(variance, maps.double().var((0, 2, 3), correction=0), rtol=1e-4)
