@@ -24,7 +24,7 @@ _CHEAP_RIDGE = 1e-4
 _PRIMARY_ROWS = 20_000
 _PRIMARY_ROWS_PER_UNKNOWN, _MANY_UNKNOWNS, _ROWS_PER_MANY_UNKNOWNS = 8, 1024, 6
 # Samples for the cheap kernels, which have few unknowns each; of all channels together no more than so many.
-_FEWEST_CHEAP_ROWS, _MOST_CHEAP_ROWS, _CHEAP_ROWS_OF_ALL = 5_000, 40_000, 2_500_000
+_FEWEST_CHEAP_ROWS, _MOST_CHEAP_ROWS, _CHEAP_ROWS_OF_ALL = 2_500, 40_000, 2_500_000
 
 
 @dataclass(frozen=True)

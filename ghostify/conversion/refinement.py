@@ -51,7 +51,7 @@ class _Effort:
 # The most thorough one that is affordable on enough images.
 _EFFORTS = (_Effort(4, 6), _Effort(3, 4), _Effort(2, 3), _Effort(1, 3))
 # Multiply-accumulates that a site may cost: seconds, not minutes.
-_MOST_MACS = 1e11
+_MOST_MACS = 3e10
 _FEWEST_IMAGES = 4
 # Share of the mean diagonal of the Gram matrix that holds the primary to what it was; see docs/decisions.md.
 _RIDGE = 3e-3
@@ -223,10 +223,11 @@ def _mean(maps: list[Tensor]) -> Tensor:
 
 
 def _cholesky(seen: Tensor) -> tuple[Tensor, float]:
-    """Second moments ``(groups, p, p)``, damped, as Cholesky factors; and the damping."""
+    """Second moments ``(groups, p, p)``, damped, as Cholesky factors in single precision; and the damping."""
     damping = _RIDGE * float(seen.diagonal(dim1=1, dim2=2).mean())
-    damped = seen + max(damping, 1e-12) * torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
-    return torch.linalg.cholesky(damped), damping
+    damped = seen.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(max(damping, 1e-12))
+    return torch.linalg.cholesky(damped).float(), damping  # it preconditions: speed counts, not the last digit
 
 
 def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float], steps: int) -> Tensor:
@@ -267,9 +268,9 @@ def _step(site: _Site, left: list[Tensor], factors: tuple[Tensor, float], steps:
         return numbers.view(-1, *(1 for _ in shape[1:]))
 
     def preconditioned(gradient: Tensor) -> Tensor:
-        grouped = gradient.double().reshape(len(factor), -1, factor.shape[-1]).transpose(1, 2)
+        grouped = gradient.reshape(len(factor), -1, factor.shape[-1]).transpose(1, 2)
         solved = torch.cholesky_solve(grouped, factor).transpose(1, 2).reshape(shape)
-        return solved.to(gradient.dtype) / by_filter(share)
+        return solved / by_filter(share)
 
     def inner(a: Tensor, b: Tensor) -> Tensor:
         products = (a * b).flatten(1).sum(1)

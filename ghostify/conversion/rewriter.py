@@ -6,6 +6,7 @@ import copy
 import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ from ghostify.tracing import (
 )
 from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
 from ghostify.tracing.graph import FUNCTIONS
+
+# Examples of a calibration batch that are enough to trace a model.
+_TRACED = 2
 
 
 def convert(
@@ -206,12 +210,19 @@ def _facts(
     if example_inputs is not None or not chunks:
         facts = trace(model, example_inputs, lift=lift)
     else:
-        try:
-            facts = trace(model, chunks[0], lift=lift)
-        except TraceError as error:
-            raise InputsError(f"calibration does not fit the model: {error}") from error
+        facts = _facts_of_batch(model, chunks[0], lift=lift)
     check_runs(chunks, facts.example, model)
     return facts
+
+
+def _facts_of_batch(model: nn.Module, batch: Example, *, lift: bool) -> Trace:
+    """Trace a model on a few examples of a batch; on all of it if a few cannot be told apart, or do not run."""
+    with suppress(TraceError):
+        return trace(model, batch.part(0, _TRACED) if batch.separable else batch, lift=lift)
+    try:
+        return trace(model, batch, lift=lift)
+    except TraceError as error:
+        raise InputsError(f"calibration does not fit the model: {error}") from error
 
 
 def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, seed: int) -> nn.Module:

@@ -87,8 +87,7 @@ def _small(chunks: list[Example], images: int, most: int) -> Iterator[Example]:
     """The first examples, few at a time where they can be told apart."""
     used = 0
     for chunk in chunks:
-        separable = all(tensor.dim() and len(tensor) == chunk.batch for tensor in chunk.tensors())
-        step = most if separable else chunk.batch
+        step = most if chunk.separable else chunk.batch
         for start in range(0, chunk.batch, step):
             if used >= images:
                 return

@@ -107,7 +107,7 @@ def _adder(
 
 def rows_for(channels: int) -> int:
     """Samples for the pairs of so many channels: each has few unknowns, and there are many pairs in a wide layer."""
-    return max(4_000, min(20_000, 2_500_000 // channels))
+    return max(2_000, min(20_000, 1_250_000 // channels))
 
 
 def channel_weight(norm: nn.Module | None, channels: int) -> Tensor:

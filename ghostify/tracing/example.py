@@ -116,6 +116,11 @@ class Example:
         args, kwargs = tree_map(move, (self.args, self.kwargs))
         return Example(args, kwargs)
 
+    @property
+    def separable(self) -> bool:
+        """Whether every tensor has one row for each example, so that `part` can take the batch apart."""
+        return all(tensor.dim() and len(tensor) == self.batch for tensor in self.tensors())
+
     def part(self, start: int, stop: int) -> Example:
         """Some examples of a batch whose tensors all have one row for each example."""
         args, kwargs = tree_map(
