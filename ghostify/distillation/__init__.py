@@ -2,26 +2,35 @@
 
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.datasets import DATASETS, DataOptions, Splits, load_data, read_parquet
+from ghostify.distillation.features import FEATURE_LOSSES, FeatureTaps, attention_transfer, feature_mse
 from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.images import Augment, ImageBatches
-from ghostify.distillation.losses import LOSSES, cross_entropy, distillation_loss, logit_mse
+from ghostify.distillation.losses import LOSSES, cross_entropy, dist_loss, distillation_loss, logit_mse
+from ghostify.distillation.mixing import Mixed, mixed
 from ghostify.distillation.training import distill
 
 __all__ = [
     "DATASETS",
+    "FEATURE_LOSSES",
     "LOSSES",
     "Augment",
     "DataOptions",
     "DistillConfig",
     "Epoch",
+    "FeatureTaps",
     "ImageBatches",
+    "Mixed",
     "Run",
     "Scores",
     "Splits",
+    "attention_transfer",
     "cross_entropy",
+    "dist_loss",
     "distill",
     "distillation_loss",
+    "feature_mse",
     "load_data",
     "logit_mse",
+    "mixed",
     "read_parquet",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from ghostify.distillation.features import FEATURE_LOSSES, FeatureLoss
 from ghostify.distillation.losses import LOSSES, Loss
 from ghostify.errors import OptionError
 
@@ -33,6 +34,14 @@ class DistillConfig:
         loss: A name in ``LOSSES`` or a function ``(student_logits, teacher_logits, temperature)``.
         temperature: Softens both networks' answers before they are compared.
         hard_weight: Weight of the cross-entropy with labels, 0 to 1; ``loss`` has the rest.
+        features: Layers whose maps are to be the teacher's too: ``"sites"`` (every Ghost unit), names of modules
+            that are in both networks, or ``None`` for none.
+        feature_loss: A name in ``FEATURE_LOSSES`` or a function ``(student, teacher)`` of one layer's outputs.
+        feature_weight: What the feature loss counts beside the loss of the class scores.
+        mixup: α of MixUp, which blends the images of a batch for both networks; 0 does not.
+        ema: Decay of a moving average of the weights, above 0 and below 1, or ``None`` for none.
+        compile: Compile both networks with ``torch.compile``.
+        patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
         clip_norm: Longest gradient over all parameters, or ``None`` for no clipping.
         precision: ``"bf16"`` or ``"fp32"``; ``"auto"`` is bf16 where the hardware has it.
         channels_last: Give 4-d inputs in the memory format that convolutions run fastest in.
@@ -52,6 +61,13 @@ class DistillConfig:
     loss: str | Loss = "kd"
     temperature: float = 4.0
     hard_weight: float = 0.0
+    features: str | tuple[str, ...] | None = None
+    feature_loss: str | FeatureLoss = "mse"
+    feature_weight: float = 1.0
+    mixup: float = 0.0
+    ema: float | None = None
+    compile: bool = False
+    patience: int | None = None
     clip_norm: float | None = 5.0
     precision: str = "auto"
     channels_last: bool = True
@@ -64,17 +80,27 @@ class DistillConfig:
         _one_of("precision", self.precision, PRECISIONS)
         if not callable(self.loss):
             _one_of("loss", self.loss, LOSSES, otherwise=" or a function of (student, teacher, temperature)")
+        if not callable(self.feature_loss):
+            _one_of("feature_loss", self.feature_loss, FEATURE_LOSSES, otherwise=" or a function of (student, teacher)")
+        object.__setattr__(self, "features", _layers(self.features))
         _number("lr", self.lr, above=0.0)
         _number("temperature", self.temperature, above=0.0)
         _number("momentum", self.momentum, least=0.0, below=1.0)
         _number("weight_decay", self.weight_decay, least=0.0)
         _number("hard_weight", self.hard_weight, least=0.0, most=1.0)
+        _number("feature_weight", self.feature_weight, above=0.0)
+        _number("mixup", self.mixup, least=0.0)
+        if self.ema is not None:
+            _number("ema", self.ema, above=0.0, below=1.0)
+        if not isinstance(self.compile, bool):
+            raise OptionError(f"compile={self.compile!r} must be True or False.")
+        if self.patience is not None:
+            _whole("patience", self.patience, least=1)
         if self.warmup is not None:
             _number("warmup", self.warmup, least=0.0, below=1.0)
         if self.clip_norm is not None:
             _number("clip_norm", self.clip_norm, above=0.0)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise OptionError(f"seed={self.seed!r} must be a whole number of at least 0. Pass, for example, seed=0.")
+        _whole("seed", self.seed, least=0)
         if self.optimizer == "adamw" and self.lr > 0.05:
             raise OptionError(
                 f"lr={self.lr} with optimizer='adamw' diverges: Adam's steps are about lr long whatever the gradient. "
@@ -86,6 +112,18 @@ class DistillConfig:
         """The function that ``loss`` stands for."""
         return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
 
+    def settings(self) -> dict[str, Any]:
+        """All settings as JSON can hold them: functions by their names.
+
+        Example:
+            >>> DistillConfig(features=["conv1"], feature_loss=max).settings()["feature_loss"]
+            'max'
+        """
+        return {
+            name: getattr(value, "__qualname__", type(value).__name__) if callable(value) else value
+            for name, value in vars(self).items()
+        }
+
 
 def _one_of(name: str, value: Any, allowed: Collection[str], otherwise: str = "") -> None:
     if isinstance(value, str) and value in allowed:
@@ -93,6 +131,25 @@ def _one_of(name: str, value: Any, allowed: Collection[str], otherwise: str = ""
     near = difflib.get_close_matches(str(value), allowed, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     raise OptionError(f"{name}={value!r} is unknown. Pass {', '.join(map(repr, allowed))}{otherwise}.{guess}")
+
+
+def _layers(features: Any) -> str | tuple[str, ...] | None:
+    """The setting ``features``, lists as tuples."""
+    if features is None or (isinstance(features, str) and features == "sites"):
+        return features
+    if isinstance(features, list | tuple) and features and all(isinstance(name, str) for name in features):
+        return tuple(features)
+    raise OptionError(
+        f"features={features!r} cannot be used. Pass 'sites' for every Ghost unit, names of modules as in "
+        "('layer1.0.conv1',), or None."
+    )
+
+
+def _whole(name: str, value: Any, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(
+            f"{name}={value!r} must be a whole number of at least {least}. Pass, for example, {name}={least}."
+        )
 
 
 def _number(

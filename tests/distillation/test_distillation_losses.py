@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from ghostify.distillation import LOSSES, DistillConfig, cross_entropy, distillation_loss, logit_mse
+from ghostify.distillation import LOSSES, DistillConfig, cross_entropy, dist_loss, distillation_loss, logit_mse
 from ghostify.distillation.training import objective
 
 
@@ -46,6 +47,44 @@ def test_kd_of_maps_takes_every_pixel_as_an_example() -> None:
     student, teacher = scores(2, 3, 4, 5, seed=1), scores(2, 3, 4, 5, seed=2)
     flat = [z.permute(0, 2, 3, 1).reshape(-1, 3) for z in (student, teacher)]
     torch.testing.assert_close(distillation_loss(student, teacher, 2.0), distillation_loss(*flat, 2.0))
+
+
+def probabilities(logits: torch.Tensor, temperature: float) -> np.ndarray:
+    powers = np.exp(logits.double().numpy() / temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dist_is_equations_8_to_10(temperature: float) -> None:
+    student, teacher = scores(6, 5, seed=1), scores(6, 5, seed=2)
+    p, q = (probabilities(z, temperature) for z in (student, teacher))
+    inter = np.mean([1 - np.corrcoef(p[i], q[i])[0, 1] for i in range(6)])
+    intra = np.mean([1 - np.corrcoef(p[:, j], q[:, j])[0, 1] for j in range(5)])
+    assert dist_loss(student, teacher, temperature).item() == pytest.approx(inter + intra, rel=1e-5)
+
+
+def test_dist_of_one_example_has_no_part_over_the_batch() -> None:
+    student, teacher = scores(1, 5, seed=1), scores(1, 5, seed=2)
+    p, q = (probabilities(z, 2.0) for z in (student, teacher))
+    assert dist_loss(student, teacher, 2.0).item() == pytest.approx(1 - np.corrcoef(p[0], q[0])[0, 1], rel=1e-5)
+
+
+def test_dist_of_maps_takes_every_pixel_as_an_example() -> None:
+    student, teacher = scores(2, 3, 4, 5, seed=1), scores(2, 3, 4, 5, seed=2)
+    flat = [z.permute(0, 2, 3, 1).reshape(-1, 3) for z in (student, teacher)]
+    torch.testing.assert_close(dist_loss(student, teacher, 2.0), dist_loss(*flat, 2.0))
+
+
+def test_dist_is_nothing_between_equals_and_has_a_gradient_everywhere() -> None:
+    teacher = scores(4, 6)
+    for start in (teacher.clone(), torch.zeros(4, 6), torch.full((4, 6), 7.3)):
+        student = start.requires_grad_()
+        loss = dist_loss(student, teacher, 4.0)
+        loss.backward()
+        assert torch.isfinite(student.grad).all()
+        assert loss.item() == pytest.approx(0.0, abs=1e-6) or torch.unique(start).numel() == 1
+    constant = dist_loss(torch.zeros(4, 6), teacher, 4.0)
+    assert constant.item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -1,5 +1,6 @@
 """The configuration, the schedule and the optimiser."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -97,6 +98,25 @@ def test_a_function_is_taken_where_a_loss_is_named() -> None:
     assert DistillConfig(loss="kd").loss_function is distillation_loss
 
 
+def test_layers_are_a_tuple_and_settings_are_json() -> None:
+    def own(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return (student - teacher).abs().mean()
+
+    class Own:
+        def __call__(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+            return student.sum()
+
+    config = DistillConfig(features=["conv1", "conv2"], feature_loss=own, loss=Own(), mixup=0.2, ema=0.999, patience=1)
+    assert config.features == ("conv1", "conv2")
+    hash(config)
+    record = json.loads(json.dumps(config.settings(), allow_nan=False))
+    assert record.keys() == vars(config).keys()
+    assert (record["loss"], record["feature_loss"].split(".")[-1]) == ("Own", "own")
+    assert (record["features"], record["ema"], record["lr"]) == (["conv1", "conv2"], 0.999, 0.1)
+    assert DistillConfig(features="sites").features == "sites"
+    assert DistillConfig().features is None
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -117,6 +137,17 @@ def test_a_function_is_taken_where_a_loss_is_named() -> None:
         ({"precision": "fp16"}, "precision='fp16'.*'fp32'"),
         ({"loss": "kdd"}, "loss='kdd'.*Did you mean 'kd'"),
         ({"loss": None}, "loss=None"),
+        ({"features": "site"}, "features='site' cannot be used. Pass 'sites'"),
+        ({"features": ()}, r"features=\(\) cannot"),
+        ({"features": ("conv1", 2)}, r"features=\('conv1', 2\) cannot"),
+        ({"feature_loss": "attenton"}, r"feature_loss='attenton'.*\(student, teacher\).*Did you mean 'attention'"),
+        ({"feature_weight": 0}, "feature_weight=0 cannot be used. Pass a number above 0"),
+        ({"mixup": -0.1}, "mixup=-0.1.* of at least 0"),
+        ({"ema": 1.0}, "ema=1.0.* above 0 and below 1"),
+        ({"ema": 0}, "ema=0"),
+        ({"compile": 1}, "compile=1 must be True or False"),
+        ({"patience": 0}, "patience=0 must be a whole number of at least 1"),
+        ({"patience": 2.0}, "patience=2.0"),
         ({"optimizer": "adamw"}, "lr=0.1 with optimizer='adamw'.*lr=0.001"),
     ],
 )
