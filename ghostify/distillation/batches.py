@@ -19,25 +19,50 @@ class Batch:
     Attributes:
         inputs: ``(n, ...)``, floating-point ones in the models' dtype.
         labels: Class ids ``(n, ...)`` as int64, or ``None``.
+        others: Of a blended batch the class ids of what was blended into each example, if there are labels.
+        share: What ``labels`` count beside ``others``, 0 to 1.
     """
 
     inputs: Tensor
     labels: Tensor | None
+    others: Tensor | None = None
+    share: float = 1.0
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.inputs.device
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of its examples."""
+        labels, others = (None if ids is None else ids[chosen] for ids in (self.labels, self.others))
+        return Batch(self.inputs[chosen], labels, others, self.share)
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in at most ``count`` parts, none of them empty."""
+        size = -(-len(self.inputs) // count)
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self.inputs), size)]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What it takes to read a batch for a pair of models.
+    """What it takes to read a batch for a pair of models, and to run them on it.
 
     Attributes:
         device: Where the models are.
         dtype: Of the models' parameters.
         channels_last: Give 4-d inputs in that memory format.
+        bf16: Compute in bfloat16 where that is safe.
     """
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
+    bf16: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """The context that both models run in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def read(self, batch: Any, name: str) -> Batch:
         """Take a batch apart and move it to the models.

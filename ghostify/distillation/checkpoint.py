@@ -1,10 +1,9 @@
-"""The state of a run, in memory and on disk."""
+"""What a run leaves for others to read: weights and history."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ghostify.distillation.config import DistillConfig
-from ghostify.distillation.history import Epoch, Scores
+from ghostify.distillation.state import Progress
 from ghostify.files import atomic_file
 from ghostify.states import versioned
 
@@ -45,29 +44,22 @@ def write_weights(path: Path, state: State) -> None:
         temporary.write_bytes(content)
 
 
-def write_history(
-    path: Path, *, history: Sequence[Epoch], start: Scores | None, best_epoch: int, config: DistillConfig
-) -> None:
+def write_history(path: Path, *, progress: Progress, config: DistillConfig) -> None:
     """Write the records so far as JSON.
 
     Args:
         path: The file; it appears complete or not at all.
-        history: The epochs so far.
-        start: The scores before the first one.
-        best_epoch: Which is the best so far.
+        progress: How far the run is.
         config: The settings of the run.
 
     Raises:
         OutputError: It cannot be written.
     """
-    settings = dict(vars(config))
-    if callable(config.loss):
-        settings["loss"] = getattr(config.loss, "__qualname__", type(config.loss).__name__)
     record = {
-        "config": settings,
-        "start": None if start is None else asdict(start),
-        "epochs": [asdict(epoch) for epoch in history],
-        "best_epoch": best_epoch,
+        "config": config.settings(),
+        "start": None if progress.start is None else asdict(progress.start),
+        "epochs": [asdict(epoch) for epoch in progress.history],
+        "best_epoch": progress.best_epoch,
     }
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

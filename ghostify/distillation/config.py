@@ -42,6 +42,10 @@ class DistillConfig:
         ema: Decay of a moving average of the weights, above 0 and below 1, or ``None`` for none.
         compile: Compile both networks with ``torch.compile``.
         patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
+        accumulate: Compute a batch in so many parts, for one that is too large for the memory. What is learned is
+            the same, but for batch norms, which see one part at a time.
+        sync_norms: With several processes, let batch norms see the rows of all of them (on GPUs only).
+        state_every: With ``out``, steps after which the state of the run is written down, to go on from.
         clip_norm: Longest gradient over all parameters, or ``None`` for no clipping.
         precision: ``"bf16"`` or ``"fp32"``; ``"auto"`` is bf16 where the hardware has it.
         channels_last: Give 4-d inputs in the memory format that convolutions run fastest in.
@@ -68,6 +72,9 @@ class DistillConfig:
     ema: float | None = None
     compile: bool = False
     patience: int | None = None
+    accumulate: int = 1
+    sync_norms: bool = False
+    state_every: int = 1000
     clip_norm: float | None = 5.0
     precision: str = "auto"
     channels_last: bool = True
@@ -92,10 +99,13 @@ class DistillConfig:
         _number("mixup", self.mixup, least=0.0)
         if self.ema is not None:
             _number("ema", self.ema, above=0.0, below=1.0)
-        if not isinstance(self.compile, bool):
-            raise OptionError(f"compile={self.compile!r} must be True or False.")
+        for name in ("compile", "sync_norms"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.patience is not None:
             _whole("patience", self.patience, least=1)
+        _whole("accumulate", self.accumulate, least=1)
+        _whole("state_every", self.state_every, least=1)
         if self.warmup is not None:
             _number("warmup", self.warmup, least=0.0, below=1.0)
         if self.clip_norm is not None:

@@ -21,12 +21,14 @@ class Scores:
         agreement: Share of examples where student and teacher name the same class.
         accuracy: Share where the student is right; ``None`` without labels.
         teacher_accuracy: The same of the teacher.
+        labelled: How many answers the labels speak of.
     """
 
     loss: float
     agreement: float
     accuracy: float | None
     teacher_accuracy: float | None
+    labelled: int = 0
 
     @property
     def rank(self) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.distillation.batches import Batch, Reader, check_labels
+from ghostify.distillation.history import Scores
 from ghostify.errors import InputsError, OptionError, TrainingError
 from ghostify.tracing.example import evaluating, require_module
+
+# Labels from which on a teacher that does no better than a guess is no accident.
+_ENOUGH_LABELS = 200
 
 
 def check_models(student: nn.Module, teacher: nn.Module, epochs: int) -> None:
@@ -53,7 +58,7 @@ def check_models(student: nn.Module, teacher: nn.Module, epochs: int) -> None:
         )
 
 
-def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, hard_weight: float) -> None:
+def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, hard_weight: float) -> int:
     """Run both models once and see that their answers can be compared with each other and with the labels.
 
     Args:
@@ -62,6 +67,9 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
         batch: The first one.
         name: ``data`` or ``val``, for messages.
         hard_weight: Labels are needed where it is above 0, and are not looked at in ``data`` where it is 0.
+
+    Returns:
+        How many classes the models tell apart.
 
     Raises:
         TrainingError: A model does not run, gives no class scores, or scores of another shape than the other.
@@ -86,13 +94,36 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
             "any training. Check its weights, or convert the original anew."
         )
     if name == "data" and hard_weight == 0:
-        return
+        return scores.shape[1]
     if batch.labels is not None:
         check_labels(batch.labels, scores, name)
     elif name == "data":
         raise OptionError(
             f"hard_weight={hard_weight} needs labels, and data yields none that are whole-number tensors. "
             "Pass hard_weight=0, or batches (input, class ids)."
+        )
+    return scores.shape[1]
+
+
+def check_teacher(start: Scores | None, classes: int) -> None:
+    """See that the teacher knows better than a guess what the labels of the validation data say.
+
+    Args:
+        start: The scores before the first step.
+        classes: Among which is guessed.
+
+    Raises:
+        TrainingError: It is not two standard deviations better, on at least 200 labels.
+    """
+    if start is None or start.teacher_accuracy is None or start.labelled < _ENOUGH_LABELS:
+        return
+    guess = 1 / classes
+    luck = 2 * math.sqrt(guess * (1 - guess) / start.labelled)
+    if start.teacher_accuracy <= guess + luck:
+        raise TrainingError(
+            f"teacher is right on {100 * start.teacher_accuracy:.1f} % of {start.labelled:,} answers of val, and "
+            f"guessing is on {100 * guess:.1f} %. Check that the inputs are normalised as the teacher expects, that "
+            "its weights are loaded, and that the labels count classes as it does; or give val without labels."
         )
 
 

@@ -22,18 +22,19 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def reseed(seed: int, epoch: int, device: torch.device) -> None:
-    """Seed all global generators for one epoch.
+def reseed(seed: int, epoch: int, step: int, device: torch.device) -> None:
+    """Seed all global generators for one step.
 
-    Each epoch's randomness thus depends on its number alone, and not on how often validation drew from
-    the same generators.
+    What a step draws thus depends on its number alone, and not on how often validation drew from the
+    same generators, or on where a run was taken up again.
 
     Args:
         seed: Of the run.
         epoch: Its number.
+        step: Its number in the epoch; 0 is what comes before the first one.
         device: Where the models are.
     """
-    mixed = mix(seed, epoch)
+    mixed = mix(mix(seed, epoch), step)
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     torch.default_generator.manual_seed(mixed)

@@ -6,25 +6,30 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ghostify.distillation.batches import Batch, Reader, check_labels, count_batches
+from ghostify.distillation.batches import Batch, Reader, count_batches
 from ghostify.distillation.checkpoint import snapshot, write_history, write_weights
 from ghostify.distillation.config import DistillConfig
+from ghostify.distillation.features import FeatureTaps
 from ghostify.distillation.history import Epoch, Run, Scores
-from ghostify.distillation.losses import cross_entropy
-from ghostify.distillation.optimisation import build_optimizer, learning_rate, uses_bf16
-from ghostify.distillation.preflight import check_batch, check_models, explained, first_batch
+from ghostify.distillation.learning import Learner, synchronised_norms
+from ghostify.distillation.optimisation import learning_rate, uses_bf16
+from ghostify.distillation.preflight import check_batch, check_models, check_teacher, first_batch
+from ghostify.distillation.processes import Item, launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state, reseed
+from ghostify.distillation.resuming import States, find_state, restore
+from ghostify.distillation.state import Progress
+from ghostify.distillation.stopping import watched_signals
 from ghostify.distillation.validation import validate
-from ghostify.errors import InputsError, NonFiniteLossError, TrainingError
+from ghostify.errors import InputsError, NonFiniteLossError, OptionError, TrainingError
 from ghostify.tracing.example import evaluating
 
 log = logging.getLogger(__name__)
@@ -39,6 +44,7 @@ def distill(
     epochs: int = 10,
     out: str | os.PathLike[str] | None = None,
     config: DistillConfig | None = None,
+    resume: bool = False,
 ) -> Run:
     """Train a student, in place, to give the teacher's class scores.
 
@@ -50,7 +56,15 @@ def distill(
     flags and the global random state; the student's gradients are cleared.
 
     With ``out`` there are, from the start and after every epoch, ``best.safetensors``, ``last.safetensors``
-    (state dicts) and ``history.json`` in it, replaced one by one and never half-written.
+    (state dicts) and ``history.json`` in it, replaced one by one and never half-written. The state of the run
+    is in ``state/``, written after every epoch, every ``state_every`` steps and at SIGTERM or SIGINT; with
+    ``resume`` a run that was stopped or killed goes on from there, inside the epoch, and on a CPU ends with
+    the very weights that it would have had. Of data of one's own that takes batches in an order that depends on
+    the epoch's number or on torch's, NumPy's or Python's global random numbers alone.
+
+    Started by ``torchrun`` or ``accelerate launch``, each of several processes calls this with models on its
+    own device and with the same data; it learns from its rows of every batch, so the batch size is that of all
+    of them together.
 
     Args:
         student: Gives class scores ``(n, classes, ...)``. Parameters with ``requires_grad=False`` stay as they are.
@@ -62,6 +76,7 @@ def distill(
         epochs: How often to go through the data.
         out: Folder for the checkpoints; made if missing.
         config: All other settings.
+        resume: Go on with the run in ``out``, if there is one.
 
     Returns:
         The record of the run, with the student.
@@ -71,7 +86,8 @@ def distill(
         InputsError: Data that are empty, of a wrong kind, or usable once only; labels that do not fit.
         TrainingError: Models that cannot be teacher and student.
         NonFiniteLossError: The loss, its gradient or the student's scores became NaN or infinite.
-        OutputError: ``out`` cannot be written.
+        OutputError: ``out`` cannot be written, or holds a run that is not finished, and ``resume`` is false.
+        MissingExtraError: There are several processes, and accelerate is not installed.
 
     Example:
         >>> from torch import nn
@@ -88,168 +104,173 @@ def distill(
     steps_per_epoch = count_batches(data, "data")
     if val is not None:
         count_batches(val, "val")
+    elif config.patience is not None:
+        raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
     steps = epochs * steps_per_epoch
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    device = parameters[0].device
-    reader = Reader(device, parameters[0].dtype, config.channels_last)
-    bf16 = uses_bf16(config.precision, device)
+    parameter = next(parameter for parameter in student.parameters() if parameter.requires_grad)
+    device = parameter.device
+    processes = launched(device)
+    reader = Reader(device, parameter.dtype, config.channels_last, uses_bf16(config.precision, device))
     steps_per_look = _steps_per_look(device)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    states = None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, config)
+    found = find_state(states, resume=resume)
 
     def soft_loss(scores: Tensor, wanted: Tensor) -> Tensor:
         return config.loss_function(scores, wanted, config.temperature)
 
-    def scored() -> Scores | None:
+    def scored(model: nn.Module) -> Scores | None:
         if val is None:
             return None
-        return validate(student, teacher=teacher, val=val, reader=reader, loss=soft_loss, autocast=autocast)
+        processes.agree(model)
+        return validate(model, teacher=teacher, val=val, reader=reader, loss=soft_loss, processes=processes)
 
     def store(*, is_best: bool) -> None:
-        if folder is not None:
+        if folder is not None and processes.is_main:
             write_weights(folder / "last.safetensors", last)
             if is_best:
                 write_weights(folder / "best.safetensors", best)
-            write_history(folder / "history.json", history=history, start=start, best_epoch=best_epoch, config=config)
+            write_history(folder / "history.json", progress=progress, config=config)
+
+    def remember() -> None:
+        if states is not None and processes.is_main:
+            progress.loss_sum = float(loss_sum)
+            states.write(progress, learner, last=last, best=best)
 
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state(device))
+        stack.enter_context(synchronised_norms(student, wanted=config.sync_norms, device=device))
         stack.enter_context(evaluating(student, teacher))  # also gives the flags back at the end
         stack.enter_context(torch.enable_grad())
-        reseed(config.seed, 0, device)
-        with autocast():
+        taps = stack.enter_context(FeatureTaps(student, teacher, config.features)) if config.features else None
+        stop = stack.enter_context(watched_signals(watch=states is not None))
+        show = stack.enter_context(progress_bar(config.progress if processes.is_main else False, epochs, steps))
+        reseed(config.seed, 0, 0, device)
+        with reader.autocast():
             for name, batches in (("data", data), ("val", val)):
                 if batches is not None:
                     batch = first_batch(batches, reader, name)
-                    check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
+                    classes = check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
+                    if taps is not None:
+                        with torch.no_grad():
+                            taps.loss(config.feature_loss)
 
-        # Epoch 0: the student as it came.
-        history: list[Epoch] = []
-        start = best_scores = scores = scored()
-        if start is not None and not math.isfinite(start.loss):
-            raise TrainingError(
-                "student gives scores on val that are NaN or infinite, before any training. Check its weights."
+        learner = Learner(student, teacher, config, processes, reader, taps)
+        if found is None:
+            # Epoch 0: the student as it came.
+            start = scored(student)
+            check_teacher(start, classes)
+            if start is not None and not math.isfinite(start.loss):
+                raise TrainingError(
+                    "student gives scores on val that are NaN or infinite, before any training. Check its weights."
+                )
+            progress = Progress(start=start, best=start, scores=start)
+            last = best = snapshot(student)
+            if states is not None and processes.is_main:
+                states.clear()
+            store(is_best=True)  # writes to the folder before any work is spent
+        else:
+            progress, last, best = restore(found, learner)
+            log.info(
+                "going on at epoch %d of %d, step %d of %d", progress.epoch, epochs, progress.step, steps_per_epoch
             )
-        last = best = snapshot(student)
-        best_epoch = 0
-        store(is_best=True)  # writes to the folder before any work is spent
-        optimizer = build_optimizer(student, config)
-        optimizer.zero_grad()
-        show = stack.enter_context(progress_bar(config.progress, epochs, steps))
 
         try:
-            for epoch in range(1, epochs + 1):
-                began = time.perf_counter()
-                reseed(config.seed, epoch, device)
-                if callable(set_epoch := getattr(data, "set_epoch", None)):
-                    set_epoch(epoch - 1)
+            while not progress.finished:
+                epoch, step = progress.epoch, progress.step - 1
+                rate = learning_rate(max(0, (epoch - 1) * steps_per_epoch + step), steps, config)
+                began, examples_before = time.perf_counter(), progress.examples
                 student.train()
-                total = torch.zeros((), dtype=torch.float64, device=device)
-                finite = torch.zeros((), dtype=torch.int64, device=device)  # steps that were
-                images, step = 0, -1
+                loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+                finite = torch.tensor(progress.step, device=device)  # steps that were
 
-                for step, item in enumerate(data):
-                    batch = reader.read(item, "data")
-                    rate = learning_rate((epoch - 1) * steps_per_epoch + step, steps, config)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate
-
-                    with torch.no_grad(), autocast():
-                        wanted = teacher(batch.inputs)
-                    with autocast(), explained("student", batch.inputs, "data"):
-                        output = student(batch.inputs)
-                    loss = objective(output, wanted, batch.labels, config)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    norm = _clipped_norm(parameters, config.clip_norm)
-
-                    total += loss.detach() * len(batch.inputs)
-                    finite += torch.isfinite(loss.detach() + norm)
-                    images += len(batch.inputs)
-                    if (step + 1) % steps_per_look == 0:
-                        if int(finite) <= step:
-                            raise _non_finite(epoch, step, int(finite), rate, batch, wanted, config, folder)
-                        if show:
-                            show(
-                                completed=(epoch - 1) * steps_per_epoch + step + 1,
-                                epoch=epoch,
-                                loss=float(total) / images,
-                                rate=images / (time.perf_counter() - began),
-                                val=scores_line(scores),
-                            )
-                    optimizer.step()
-                    optimizer.zero_grad()
+                for item in read_epoch(
+                    data, epoch, progress.step, processes=processes, seed=config.seed, device=device
+                ):
+                    step = item.step
+                    done = (epoch - 1) * steps_per_epoch + step + 1
+                    rate = learning_rate(done - 1, steps, config)
+                    made = learner.step(item, rate, stop=bool(stop))
+                    loss_sum += made.loss_sum
+                    finite += made.finite
+                    progress.examples += made.examples
+                    look = (step + 1) % steps_per_look == 0
+                    if look and int(finite) <= step:
+                        raise _non_finite(epoch, step, int(finite), rate, item, learner, folder)
+                    if look and show:
+                        show(
+                            completed=done,
+                            epoch=epoch,
+                            loss=float(loss_sum) / progress.examples,
+                            rate=(progress.examples - examples_before) / (time.perf_counter() - began),
+                            val=scores_line(progress.scores),
+                        )
+                    learner.update()
+                    progress.step = step + 1
+                    if look and int(made.stops):
+                        remember()
+                        raise stop.error()
+                    if done % config.state_every == 0:
+                        remember()
 
                 if step < 0:
                     raise InputsError(
                         f"data yields no batch in epoch {epoch}. Pass something that can be iterated anew."
                     )
                 if int(finite) <= step:
-                    raise _non_finite(epoch, step, int(finite), rate, batch, wanted, config, folder)
+                    raise _non_finite(epoch, step, int(finite), rate, item, learner, folder)
                 if epoch == 1 and step + 1 != steps_per_epoch:
                     log.warning(
                         "data says that it has %d batches and yields %d: the learning rate follows the former",
                         steps_per_epoch,
                         step + 1,
                     )
-                mean_loss, trained = float(total) / images, time.perf_counter()
-                scores = scored()
-                if not _is_healthy(student, scores, batch, autocast):
+                trained = time.perf_counter()
+                scores = scored(learner.kept)
+                if not _is_healthy(learner, scores, batch):
                     raise _diverged(f"after epoch={epoch}, lr={rate:.3g}", epoch, config, folder)
-                last = snapshot(student)
-                is_best = scores is None or best_scores is None or scores.rank > best_scores.rank
+                last = snapshot(learner.kept)
+                is_best = scores is None or progress.best is None or scores.rank > progress.best.rank
                 if is_best:
-                    best, best_scores, best_epoch = last, scores, epoch
+                    best, progress.best, progress.best_epoch = last, scores, epoch
                 record = Epoch(
                     epoch=epoch,
-                    loss=mean_loss,
+                    loss=float(loss_sum) / progress.examples,
                     lr=rate,
                     val_accuracy=scores.accuracy if scores else None,
                     val_agreement=scores.agreement if scores else None,
                     val_loss=scores.loss if scores else None,
                     seconds=time.perf_counter() - began,
-                    images_per_second=images / (trained - began),
+                    images_per_second=(progress.examples - examples_before) / (trained - began),
                 )
-                history.append(record)
+                progress.end_epoch(record, scores)
+                loss_sum = torch.zeros(())
+                waited = config.patience is not None and epoch - progress.best_epoch >= config.patience
+                progress.finished = epoch == epochs or waited
                 store(is_best=is_best)
-                log.info(epoch_line(record, epochs, scores))
+                remember()
+                if processes.is_main:
+                    log.info(epoch_line(record, epochs, scores))
+                if waited and epoch < epochs:
+                    log.info("no epoch was better on val than epoch %d, %d ago: stopping", progress.best_epoch, epoch)
+                if stop and not progress.finished and processes.count == 1:
+                    raise stop.error()
+        except NonFiniteLossError:  # with the settings that led there, nobody wants to go on
+            if states is not None and processes.is_main:
+                states.clear()
+            student.load_state_dict(last)
+            raise
         except BaseException:  # by hand too: what is in memory is then what is on disk
             student.load_state_dict(last)
             raise
         finally:
-            optimizer.zero_grad()
+            learner.optimizer.zero_grad()
 
         student.load_state_dict(best)
-        if best_epoch == 0:
+        if progress.best_epoch == 0 and processes.is_main:
             log.warning(
                 "no epoch was better on val than the start, which is kept; a lower lr than %g may help", config.lr
             )
-    return Run(student, tuple(history), start, best_epoch, folder)
-
-
-def objective(output: Tensor, wanted: Tensor, labels: Tensor | None, config: DistillConfig) -> Tensor:
-    """The training loss: ``(1 - w) · loss(student, teacher) + w · cross-entropy``, w being ``hard_weight``.
-
-    Args:
-        output: The student's class scores ``(n, classes, ...)``.
-        wanted: The teacher's.
-        labels: Class ids ``(n, ...)``; looked at only where w is above 0.
-        config: Its ``loss``, ``temperature`` and ``hard_weight`` count.
-
-    Raises:
-        InputsError: Labels are needed and are missing or do not fit.
-    """
-    weight = config.hard_weight
-    if weight == 0:
-        return config.loss_function(output, wanted, config.temperature)
-    if labels is None:
-        raise InputsError(f"data yields a batch without labels, and hard_weight={weight} needs them in every batch.")
-    if labels.device.type == "cpu":  # on an accelerator a look would make it wait; the first batch was looked at
-        check_labels(labels, output, "data")
-    hard = cross_entropy(output, labels)
-    if weight == 1:
-        return hard
-    return (1 - weight) * config.loss_function(output, wanted, config.temperature) + weight * hard
+    return Run(student, progress.history, progress.start, progress.best_epoch, folder)
 
 
 def _steps_per_look(device: torch.device) -> int:
@@ -261,25 +282,14 @@ def _steps_per_look(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 20
 
 
-def _clipped_norm(parameters: list[nn.Parameter], clip_norm: float | None) -> Tensor:
-    """The length of the whole gradient before it is clipped, if it is."""
-    if clip_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
 def _non_finite(
-    epoch: int,
-    step: int,
-    first: int,
-    rate: float,
-    batch: Batch,
-    wanted: Tensor,
-    config: DistillConfig,
-    folder: Path | None,
+    epoch: int, step: int, first: int, rate: float, item: Item, learner: Learner, folder: Path | None
 ) -> NonFiniteLossError:
     """Say what went wrong at step ``first``, seen at ``step``; the batch at hand is to blame only if they are one."""
-    if step == first and not bool(torch.isfinite(batch.inputs).all()):
+    config, inputs = learner.config, learner.reader.read(item.value, "data").inputs
+    with torch.no_grad(), learner.reader.autocast():
+        wanted = learner.teacher(inputs)
+    if step == first and not bool(torch.isfinite(inputs).all()):
         cause = "the batch itself holds NaN or infinite inputs. Clean the data."
     elif step == first and not bool(torch.isfinite(wanted).all()):
         cause = "the teacher's scores are not finite. Check its weights and the normalisation of the inputs."
@@ -292,14 +302,12 @@ def _non_finite(
     )
 
 
-def _is_healthy(
-    student: nn.Module, scores: Scores | None, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]
-) -> bool:
+def _is_healthy(learner: Learner, scores: Scores | None, batch: Batch) -> bool:
     """Whether a student still gives numbers: no loss has shown yet what the last step made of it."""
     if scores is not None:
         return math.isfinite(scores.loss)
-    with evaluating(student), torch.no_grad(), autocast():
-        return bool(torch.isfinite(student(batch.inputs)).all())
+    with evaluating(learner.kept), torch.no_grad(), learner.reader.autocast():
+        return bool(torch.isfinite(learner.kept(batch.inputs)).all())
 
 
 def _diverged(when: str, epoch: int, config: DistillConfig, folder: Path | None) -> NonFiniteLossError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ghostify.distillation.batches import Reader, check_labels
 from ghostify.distillation.history import Scores
+from ghostify.distillation.processes import Processes
 from ghostify.errors import NonFiniteLossError
 from ghostify.tracing.example import evaluating
 
@@ -23,7 +23,7 @@ def validate(
     val: Iterable[Any],
     reader: Reader,
     loss: Callable[[Tensor, Tensor], Tensor],
-    autocast: Callable[[], AbstractContextManager[Any]],
+    processes: Processes,
 ) -> Scores:
     """Score a student on all of the validation data; both models' modes are restored.
 
@@ -35,7 +35,7 @@ def validate(
         val: Batches, with or without labels.
         reader: Moves them to the models.
         loss: Distillation loss of student's and teacher's scores.
-        autocast: Opens the context that both run in.
+        processes: Each scores its own rows of every batch.
 
     Raises:
         InputsError: Labels that do not fit the scores.
@@ -47,7 +47,10 @@ def validate(
     with evaluating(student, teacher), torch.no_grad():
         for item in val:
             batch = reader.read(item, "val")
-            with autocast():
+            batch = batch.rows(processes.rows(len(batch.inputs)))
+            if not len(batch.inputs):
+                continue
+            with reader.autocast():
                 scores, wanted = student(batch.inputs), teacher(batch.inputs)
             guess, reference = scores.argmax(1), wanted.argmax(1)
             examples += scores.shape[0]
@@ -61,7 +64,9 @@ def validate(
                 labelled += guess.numel()
                 sums[2] += (guess == batch.labels).sum()
                 sums[3] += (reference == batch.labels).sum()
-    total, agreeing, right, teacher_right, bad, teacher_bad = sums.tolist()
+    counts = processes.sum(torch.tensor([examples, answers, labelled], device=reader.device))
+    examples, answers, labelled = counts.tolist()
+    total, agreeing, right, teacher_right, bad, teacher_bad = processes.sum(sums).tolist()
     if teacher_bad:
         raise NonFiniteLossError(
             f"val: {teacher_bad:,.0f} of the teacher's scores are NaN or infinite. "
@@ -72,4 +77,5 @@ def validate(
         agreement=agreeing / answers,
         accuracy=right / labelled if labelled else None,
         teacher_accuracy=teacher_right / labelled if labelled else None,
+        labelled=labelled,
     )

@@ -257,7 +257,7 @@ def test_an_interrupt_keeps_the_last_complete_epoch_and_nothing_half_written(tmp
     student, teacher = normed()
     with pytest.raises(KeyboardInterrupt):
         distill(student, teacher=teacher, data=Spoilt(1, interrupt), epochs=3, out=tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "history.json", "last.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "history.json", "last.safetensors", "state"]
     assert same(load_file(tmp_path / "last.safetensors"), state(student))
     assert len(json.loads((tmp_path / "history.json").read_text())["epochs"]) == 1
 

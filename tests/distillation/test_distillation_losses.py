@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from ghostify.distillation import LOSSES, DistillConfig, cross_entropy, dist_loss, distillation_loss, logit_mse
-from ghostify.distillation.training import objective
+from ghostify.distillation.batches import Batch
+from ghostify.distillation.learning import objective
 
 
 def scores(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -108,4 +109,6 @@ def test_hard_weight_shares_out_the_objective(weight: float) -> None:
     student, teacher, labels = scores(6, 3, seed=1), scores(6, 3, seed=2), torch.tensor([0, 1, 2, 0, 1, 2])
     config = DistillConfig(hard_weight=weight, temperature=2.0)
     soft, hard = distillation_loss(student, teacher, 2.0), F.cross_entropy(student, labels)
-    torch.testing.assert_close(objective(student, teacher, labels, config), (1 - weight) * soft + weight * hard)
+    torch.testing.assert_close(
+        objective(student, teacher, Batch(student, labels), config), (1 - weight) * soft + weight * hard
+    )

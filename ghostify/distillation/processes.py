@@ -1,0 +1,159 @@
+"""One process or several: who this one is, and what all of them agree on.
+
+``torchrun`` and ``accelerate launch`` tell a process its place in environment variables; nothing else
+is needed. Every process goes through the same batches and takes its own rows of each, so that several
+processes learn what one would from the same data, no example lost and none seen twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ghostify.distillation.randomness import reseed
+from ghostify.errors import TrainingError
+from ghostify.extras import require
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: The number of this one, from 0.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes and reports."""
+        return self.rank == 0
+
+    def wrapped(self, student: nn.Module) -> nn.Module:
+        """The student with its gradients averaged over the processes; alone, the student itself."""
+        return student if self.count == 1 else DistributedDataParallel(student)
+
+    def apart(self, wrapped: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which gradients gather in each process for itself."""
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.count > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+    def agree(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers: each has seen its own rows."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def rows(self, size: int) -> slice:
+        """Which of the rows of a batch are this process's: parts of equal size, give or take one.
+
+        Example:
+            >>> [Processes(rank, 3).rows(7) for rank in range(3)]
+            [slice(0, 3, None), slice(3, 5, None), slice(5, 7, None)]
+        """
+        each, more = divmod(size, self.count)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more))
+
+
+def launched(device: torch.device) -> Processes:
+    """Find out how this process was started, and join the others.
+
+    Args:
+        device: Where the models are.
+
+    Raises:
+        MissingExtraError: There are several processes, and accelerate is not installed.
+        TrainingError: The models are not where this process should compute.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+        return Processes()
+    if not dist.is_initialized():  # accelerate knows the launchers, the back ends and the devices
+        require("accelerate", extra="scale").PartialState(cpu=device.type == "cpu")
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise TrainingError(
+            f"student is on {device}, and process {dist.get_rank()} should compute on cuda:"
+            f"{torch.cuda.current_device()}. Move both models there: .to(accelerate.PartialState().device)."
+        )
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the data gave for one step.
+
+    Attributes:
+        step: Its number in the epoch, from 0.
+        value: The batch as the data gave it, this process's rows or all of them.
+        is_part: Whether it holds this process's rows only.
+        counts: Whether it is to be learned from; not where this process has no rows of the batch.
+    """
+
+    step: int
+    value: Any
+    is_part: bool = False
+    counts: bool = True
+
+
+def read_epoch(
+    data: Iterable[Any], epoch: int, first: int, *, processes: Processes, seed: int, device: torch.device
+) -> Iterator[Item]:
+    """The batches of an epoch from number ``first`` on, each read (and learned from) with random numbers of its own.
+
+    What comes later therefore depends on nothing that came before: a run may go on anywhere. Data with
+    ``starting_at`` begin there; of others the batches before are read and passed over.
+
+    Args:
+        data: If it has ``set_epoch``, that is called with the epoch's number from 0; if it has ``shard``, a
+            process reads its own rows only.
+        epoch: From 1.
+        first: Batches to leave out.
+        processes: Who this process is.
+        seed: Of the run.
+        device: Where the models are.
+    """
+    reseed(seed, epoch, 0, device)
+    shard: Callable[..., Any] | None = getattr(data, "shard", None) if processes.count > 1 else None
+    is_part, steps = callable(shard), 0
+    if is_part:
+        steps = len(data)  # type: ignore[arg-type]  # of all processes; what has shards has a length
+        data = shard(processes.rank, processes.count)  # type: ignore[misc]
+    if callable(set_epoch := getattr(data, "set_epoch", None)):
+        set_epoch(epoch - 1)
+    begun = 0
+    if first and callable(starting_at := getattr(data, "starting_at", None)):
+        data, begun = starting_at(first), first
+    batches, step, value = iter(data), begun, None
+    while True:
+        reseed(seed, epoch, step + 1, device)
+        try:
+            value, counts = next(batches), True
+        except StopIteration:
+            # The last batch of an epoch may have fewer rows than there are processes.
+            if value is None or step >= steps:
+                return
+            counts = False
+        if step >= first:
+            yield Item(step, value, is_part, counts)
+        step += 1

@@ -1,0 +1,134 @@
+"""Writing down where a run is, and going on from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ghostify.distillation.checkpoint import State, snapshot
+from ghostify.distillation.config import DistillConfig
+from ghostify.distillation.learning import Learner
+from ghostify.distillation.state import (
+    Progress,
+    clear_states,
+    holds_unfinished,
+    optimizer_tensors,
+    read_state,
+    restore_optimizer,
+    weights_digest,
+    write_state,
+)
+from ghostify.errors import OptionError, OutputError
+from ghostify.states import versioned
+
+Found = tuple[Progress, dict[str, Tensor]]
+
+# Settings that may change from one part of a run to the next.
+_FREE = ("progress", "state_every")
+
+
+class States:
+    """The states of one run, in the folder ``state`` of its own.
+
+    Args:
+        out: Folder of the run.
+        student: The one that learns.
+        teacher: The one that it learns from.
+        epochs: Of the run.
+        steps_per_epoch: Batches in each.
+        config: Its settings.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        student: nn.Module,
+        teacher: nn.Module,
+        epochs: int,
+        steps_per_epoch: int,
+        config: DistillConfig,
+    ) -> None:
+        self.folder = out / "state"
+        settings = {name: value for name, value in config.settings().items() if name not in _FREE}
+        shapes = {name: list(value.shape) for name, value in student.state_dict().items() if isinstance(value, Tensor)}
+        self.made_by: dict[str, Any] = {
+            **settings,
+            "epochs": epochs,
+            "batches in an epoch": steps_per_epoch,
+            "teacher's weights": weights_digest(teacher),
+            "student's shapes": shapes,
+        }
+
+    def write(self, progress: Progress, learner: Learner, *, last: State, best: State) -> None:
+        """Write all that the run needs to go on.
+
+        Extra state that is no tensor (``get_extra_state``) has no place in it; it is taken to be what the
+        student has when the run goes on.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        parts = {"student": snapshot(learner.student), "last": last, **({} if best is last else {"best": best})}
+        if learner.average is not None:
+            parts["average"] = snapshot(learner.average)
+        parts["optimizer"] = optimizer_tensors(learner.optimizer)
+        tensors = {
+            f"{part}:{name}": value
+            for part, values in parts.items()
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        write_state(self.folder, progress, tensors, self.made_by)
+
+    def clear(self) -> None:
+        """Remove all states."""
+        clear_states(self.folder)
+
+
+def find_state(states: States | None, *, resume: bool) -> Found | None:
+    """What there is to go on from.
+
+    Raises:
+        OptionError: ``resume`` without a folder, or with other settings than the run was begun with.
+        OutputError: The folder holds a run that is not finished, and is not to go on.
+    """
+    if states is None:
+        if resume:
+            raise OptionError("resume=True needs the folder of the run. Pass out.")
+        return None
+    if resume:
+        return read_state(states.folder, states.made_by)
+    if holds_unfinished(states.folder):
+        raise OutputError(
+            f"out={str(states.folder.parent)!r} holds a run that is not finished. Pass resume=True to go on with it, "
+            f"another folder, or remove {str(states.folder)!r}."
+        )
+    return None
+
+
+def restore(found: Found, learner: Learner) -> tuple[Progress, State, State]:
+    """Put a learner where a run was.
+
+    Returns:
+        How far it was, and the weights of its last and its best epoch.
+    """
+    progress, tensors = found
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {key.split(":", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{name}:")}
+
+    student = learner.student
+
+    def completed(values: dict[str, Tensor], model: nn.Module) -> State:
+        """With the extra state that is in no file."""
+        return versioned({**snapshot(model), **values}, model)
+
+    student.load_state_dict(completed(part("student"), student))
+    if learner.average is not None:
+        learner.average.load_state_dict(completed(part("average"), learner.average))
+    restore_optimizer(learner.optimizer, part("optimizer"))
+    last, best = part("last"), part("best")
+    last_state = completed(last, student)
+    return progress, last_state, completed(best, student) if best else last_state

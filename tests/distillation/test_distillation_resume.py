@@ -1,0 +1,229 @@
+"""A run that is stopped, killed or damaged goes on, and ends as if nothing had happened."""
+
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ghostify.distillation import DistillConfig, ImageBatches, distill
+from ghostify.distillation.state import Progress, read_state, write_state
+from ghostify.errors import OptionError, OutputError
+
+EPOCHS, STEPS = 3, 6
+
+
+def network(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, 4),
+        )
+
+
+def batches(**options) -> ImageBatches:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (16 * STEPS, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 4, (len(pixels),), generator=generator)
+    return ImageBatches(
+        pixels, labels, **{"batch_size": 16, "shuffle": True, "mean": (0.5,), "std": (0.25,), **options}
+    )
+
+
+class Loader:
+    """Data that draw their order from the global random numbers, and know nothing of beginning in the middle."""
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        everything = list(batches(shuffle=False))
+        for index in torch.randperm(STEPS).tolist():
+            pixels, labels = everything[index]
+            yield pixels + 0.1 * torch.randn_like(pixels), labels
+
+
+class Interrupted:
+    """Data that do something at one batch of one epoch."""
+
+    def __init__(self, data, epoch: int, step: int, act) -> None:
+        self.data, self.at, self.act, self.epoch = data, (epoch, step), act, 1
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch + 1
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)
+
+    def __iter__(self):
+        for step, batch in enumerate(self.data):
+            if (self.epoch, step) == self.at:
+                self.act()
+            yield batch
+
+
+def run(out: Path, data=None, *, resume: bool = False, config: DistillConfig | None = None) -> dict[str, torch.Tensor]:
+    """Run to the end, and give the student's weights."""
+    student, data = network(2), batches() if data is None else data
+    config = config or CONFIG
+    distill(student, teacher=network(1), data=data, val=batches(), epochs=EPOCHS, out=out, config=config, resume=resume)
+    return student.state_dict()
+
+
+CONFIG = DistillConfig(lr=0.05, state_every=1)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+CONFIGS = {
+    "sgd": CONFIG,
+    "adamw": DistillConfig(lr=0.01, optimizer="adamw", state_every=1),
+    "all": DistillConfig(lr=0.05, ema=0.9, mixup=0.3, accumulate=2, hard_weight=0.3, state_every=1),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("make", [batches, Loader])
+def test_a_stopped_run_ends_as_one_that_was_never_stopped(tmp_path: Path, name: str, make) -> None:
+    config = CONFIGS[name]
+    whole = run(tmp_path / "whole", make(), config=config)
+    for epoch, step in [(1, 3), (2, 0), (3, 5)]:
+        out = tmp_path / f"{epoch}-{step}"
+        with pytest.raises(KeyboardInterrupt):
+            run(out, Interrupted(make(), epoch, step, stop), config=config)
+        assert same(run(out, make(), resume=True, config=config), whole)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    assert same(run(tmp_path, Interrupted(batches(), 2, 0, stop), resume=True), whole)
+
+
+def test_channels_last_weights_get_their_memory_back(tmp_path: Path) -> None:
+    def started(data, *, resume: bool) -> dict[str, torch.Tensor]:
+        student = network(2).to(memory_format=torch.channels_last)
+        distill(student, teacher=network(1), data=data, epochs=EPOCHS, out=tmp_path, config=CONFIG, resume=resume)
+        return student.state_dict()
+
+    whole = started(batches(), resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        started(Interrupted(batches(), 2, 2, stop), resume=False)
+    assert same(started(batches(), resume=True), whole)
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_waits_for_the_step_and_writes_the_state(tmp_path: Path, number: int, error: type) -> None:
+    config = DistillConfig(lr=0.05)  # no state is due by itself
+    whole = run(tmp_path / "whole", config=config)
+    before = signal.getsignal(number)
+    with pytest.raises(error) as caught:
+        run(tmp_path / "run", Interrupted(batches(), 2, 2, lambda: os.kill(os.getpid(), number)), config=config)
+    assert number != signal.SIGTERM or caught.value.code == 143
+    assert signal.getsignal(number) is before
+    assert sorted(p.name for p in (tmp_path / "run/state").iterdir())[-1] == "000002-000000003.safetensors"
+    assert same(run(tmp_path / "run", resume=True, config=config), whole)
+
+
+def test_without_a_folder_signals_are_left_alone() -> None:
+    seen = []
+    data = Interrupted(batches(), 1, 0, lambda: seen.append(signal.getsignal(signal.SIGTERM)))
+    distill(network(2), teacher=network(1), data=data, epochs=1)
+    assert set(seen) == {signal.getsignal(signal.SIGTERM)}
+
+
+def test_it_runs_in_a_thread_of_its_own(tmp_path: Path) -> None:
+    thread = threading.Thread(target=run, args=(tmp_path,))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "best.safetensors").exists()
+
+
+def killed_run(out: Path) -> None:
+    torch.set_num_threads(1)
+    run(out, resume=True)
+
+
+def test_killed_ten_times_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    chance, out = random.Random(0), tmp_path / "run"
+    kills = 0
+    while kills < 10:
+        child = multiprocessing.get_context("fork").Process(target=killed_run, args=(out,))
+        child.start()
+        time.sleep(chance.uniform(0.02, 0.3))
+        alive = child.is_alive()
+        child.kill()
+        child.join()
+        if not alive:  # it was done already: what it wrote is compared below, and another one is killed
+            assert child.exitcode == 0
+            assert same(run(out, resume=True), whole)
+            out = tmp_path / f"run{kills}"
+            continue
+        kills += 1
+    assert same(run(out, resume=True), whole)
+    assert not [p for p in (out / "state").iterdir() if p.suffix != ".safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "foreign"])
+def test_a_damaged_state_is_told_of_and_the_one_before_is_used(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", Interrupted(batches(), 2, 3, stop))
+    newest = max((tmp_path / "run/state").iterdir())
+    content = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 4
+    newest.write_bytes(
+        {"flipped": content, "truncated": content[:-100], "emptied": b"", "foreign": b"not a state"}[damage]
+    )
+    with caplog.at_level(logging.WARNING):
+        assert same(run(tmp_path / "run", resume=True), whole)
+    assert f"{newest} is damaged" in caplog.text
+
+
+def test_what_would_be_lost_or_mixed_up_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupted(batches(), 2, 3, stop))
+    kept = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
+    with pytest.raises(OutputError, match=r"holds a run that is not finished\. Pass resume=True"):
+        run(tmp_path)
+    with pytest.raises(OptionError, match=r"lr=0.1, and the run in .* was begun with 0.05"):
+        run(tmp_path, resume=True, config=DistillConfig(lr=0.1))
+    with pytest.raises(OptionError, match=r"teacher's weights=.*was begun with"):
+        distill(network(2), teacher=network(3), data=batches(), epochs=EPOCHS, out=tmp_path, config=CONFIG, resume=True)
+    with pytest.raises(OptionError, match=r"resume=True needs the folder of the run"):
+        distill(network(2), teacher=network(1), data=batches(), resume=True)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == kept
+
+
+def test_only_two_states_are_kept_and_a_state_says_everything(tmp_path: Path) -> None:
+    for step in range(4):
+        write_state(tmp_path, Progress(step=step), {"a": torch.arange(step)}, {"lr": 0.1})
+    assert len(list(tmp_path.iterdir())) == 2
+    progress, tensors = read_state(tmp_path, {"lr": 0.1})
+    assert progress == Progress(step=3)
+    assert tensors["a"].tolist() == [0, 1, 2]
