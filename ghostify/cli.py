@@ -40,10 +40,8 @@ from ghostify.cli_options import (  # fmt: skip
 from ghostify.conversion import INITIALISERS, apply
 from ghostify.deployment import export_onnx, load, save
 from ghostify.deployment.artefact import check_replaceable, model_plan
-from ghostify.distillation import DistillConfig, Splits, distill, load_data
-from ghostify.distillation.datasets import DataOptions
+from ghostify.distillation import DataOptions, DistillConfig, EpochBatches, Splits, distill, load_data
 from ghostify.distillation.history import read_history
-from ghostify.distillation.images import ImageBatches
 from ghostify.errors import GhostifyError, InputsError, OptionError
 from ghostify.files import atomic_file
 from ghostify.planning import plan
@@ -331,7 +329,7 @@ def _example(model: nn.Module, name: str, shape: str | None) -> Tensor:
 
 def _sample(splits: Splits, images: int) -> Tensor:
     """Training images as the models see them, without augmentation where the data set can give them so."""
-    if isinstance(splits.train, ImageBatches):
+    if isinstance(splits.train, EpochBatches):
         return splits.train.sample(images)
     found: list[Tensor] = []
     for batch in splits.train:

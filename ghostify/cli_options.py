@@ -23,8 +23,9 @@ Skip = Annotated[list[str] | None, typer.Option("--skip", help="name or pattern 
 Overrides = Annotated[
     list[str] | None, typer.Option("--override", help="PATTERN=RATIO, or PATTERN=keep, for single layers; repeatable")
 ]
-Data = Annotated[str, typer.Option("--data", help="digits, mnist, parquet:FOLDER or package.module:factory")]
-OptionalData = Annotated[str | None, typer.Option("--data", help="score on the test part of this data set")]
+_DATA = "digits, mnist, parquet:FOLDER, imagefolder:FOLDER, hf:NAME, wds:TRAIN,VAL or package.module:factory"
+Data = Annotated[str, typer.Option("--data", help=_DATA)]
+OptionalData = Annotated[str | None, typer.Option("--data", help=f"score on the test part of this data set: {_DATA}")]
 Keep = Annotated[
     float | None,
     typer.Option("--keep", help="in place of --ratio: share of each layer's variance to keep; needs --calibration"),

@@ -25,6 +25,8 @@ HEAVY = [
     "pyarrow",
     "accelerate",
     "pandas",
+    "datasets",
+    "webdataset",
 ]
 
 

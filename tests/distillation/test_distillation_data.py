@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ghostify.distillation import Augment, DataOptions, ImageBatches, Splits, datasets, load_data, read_parquet
-from ghostify.distillation.images import augmented
+from ghostify.distillation import Augment, DataOptions, ImageBatches, Splits, load_data, read_parquet, splits
+from ghostify.distillation.augmentation import augmented, drawn
 from ghostify.errors import InputsError, MissingExtraError, OptionError
 
 CIFAR = Path(__file__).parents[2].parent / "shared/data/cifar10"
@@ -61,7 +61,8 @@ def test_images_without_labels_come_alone() -> None:
 
 def test_a_crop_is_a_window_of_the_padded_image_and_every_shift_occurs() -> None:
     images = pixels(400, 2, 5)
-    got = augmented(images, Augment(1, flip=False), torch.Generator().manual_seed(0))
+    augment = Augment(1, flip=False)
+    got = augmented(images, augment, drawn(augment, 400, torch.Generator().manual_seed(0)))
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     windows = {(y, x): padded[:, :, y : y + 5, x : x + 5] for y in range(3) for x in range(3)}
     fits = {shift: (window == got).flatten(1).all(1) for shift, window in windows.items()}
@@ -71,7 +72,8 @@ def test_a_crop_is_a_window_of_the_padded_image_and_every_shift_occurs() -> None
 
 def test_half_of_the_images_are_mirrored() -> None:
     images = pixels(400, 1, 4)
-    got = augmented(images, Augment(0, flip=True), torch.Generator().manual_seed(0))
+    augment = Augment(0, flip=True)
+    got = augmented(images, augment, drawn(augment, 400, torch.Generator().manual_seed(0)))
     same = (got == images).flatten(1).all(1)
     mirrored = (got == images.flip(3)).flatten(1).all(1)
     assert (same ^ mirrored).all()
@@ -101,6 +103,8 @@ def test_a_sample_is_normalised_unaugmented_and_repeatable() -> None:
         ({"batch_size": 0}, OptionError, "batch_size=0"),
         ({"mean": (0.1, 0.2)}, OptionError, "do not fit images of 3 channels"),
         ({"std": (0.0,)}, OptionError, "std above 0"),
+        ({"augment": Augment(crop=0.5)}, OptionError, "crop=0.5 is done while images are decoded"),
+        ({"augment": Augment(crop=1.5)}, OptionError, "crop=1.5 is no share"),
     ],
 )
 def test_images_that_cannot_be_batched(options: dict, error: type, message: str) -> None:
@@ -171,10 +175,10 @@ def pictures(count: int, mode: str = "RGB", size: tuple[int, int] = (6, 4)) -> l
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 1)])
 def test_parquet_is_read_in_its_colours(tmp_path: Path, mode: str, channels: int) -> None:
     stored(tmp_path, "train", pictures(12, mode), column="image")
-    splits = load_data(f"parquet:{tmp_path}", DataOptions(val_size=4, mean=(0.0,), std=(1.0,), augment=False))
-    assert splits.train.images.shape == (8, channels, 4, 6)
-    both = torch.cat([splits.train.images, splits.val.images])
-    labels = torch.cat([splits.train.labels, splits.val.labels])
+    loaded = load_data(f"parquet:{tmp_path}", DataOptions(val_size=4, mean=(0.0,), std=(1.0,), augment=False))
+    assert loaded.train.images.shape == (8, channels, 4, 6)
+    both = torch.cat([loaded.train.images, loaded.val.images])
+    labels = torch.cat([loaded.train.labels, loaded.val.labels])
     values = both[:, 0, 0, 0] // 9
     assert sorted(values.tolist()) == list(range(12))
     assert torch.equal(labels, values.long() % 3)  # each image still has its own label
@@ -190,14 +194,14 @@ def test_rows_and_columns_of_a_stored_picture_keep_their_places(tmp_path: Path) 
 
 def test_the_test_images_are_read_only_when_asked_for(tmp_path: Path) -> None:
     stored(tmp_path, "train", pictures(6))
-    splits = load_data(f"parquet:{tmp_path}", DataOptions(val_size=2))
+    loaded = load_data(f"parquet:{tmp_path}", DataOptions(val_size=2))
     with pytest.raises(InputsError, match=r"holds no test-\*\.parquet"):
-        splits.test  # noqa: B018
+        loaded.test  # noqa: B018
     stored(tmp_path, "test", pictures(3))
-    assert len(splits.test.images) == 3
-    assert splits.test is splits.test
-    assert splits.train.mean == datasets.IMAGENET_MEAN
-    assert splits.val.std == datasets.IMAGENET_STD
+    assert len(loaded.test.images) == 3
+    assert loaded.test is loaded.test
+    assert loaded.train.mean == splits.IMAGENET_MEAN
+    assert loaded.val.std == splits.IMAGENET_STD
 
 
 def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
