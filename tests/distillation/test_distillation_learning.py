@@ -1,0 +1,176 @@
+"""How a student learns: in parts, in several processes, with averages, and when it stops."""
+
+import logging
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from ghostify.distillation import DistillConfig, ImageBatches, distill
+from ghostify.distillation import training as training_module
+from ghostify.distillation.learning import swapped_norms
+from ghostify.distillation.processes import Processes
+from ghostify.errors import OptionError, TrainingError
+
+
+def network(seed: int, norm: type[nn.Module] | None = None) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        norms = [] if norm is None else [norm(6)]
+        return nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), *norms, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4))
+
+
+def batches(count: int = 50, **options) -> ImageBatches:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    return ImageBatches(
+        pixels, labels, **{"batch_size": 16, "shuffle": True, "mean": (0.5,), "std": (0.25,), **options}
+    )
+
+
+def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float = 1e-5) -> bool:
+    return all(torch.allclose(a[name], b[name], atol=tolerance) for name in a)
+
+
+def test_a_batch_in_parts_teaches_the_same() -> None:
+    whole, parts = network(2), network(2)
+    losses = []
+    for student, accumulate in [(whole, 1), (parts, 3)]:
+        config = DistillConfig(lr=0.05, accumulate=accumulate, hard_weight=0.5, precision="fp32")
+        losses.append(distill(student, teacher=network(1), data=batches(), epochs=2, config=config).history[-1].loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert close(whole.state_dict(), parts.state_dict())
+    assert not close(whole.state_dict(), network(2).state_dict(), 1e-3)
+
+
+def test_the_average_is_what_is_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[dict[str, torch.Tensor]] = []
+    update = training_module.Learner.update
+
+    def noted(learner: training_module.Learner) -> None:
+        update(learner)
+        steps.append({name: value.clone() for name, value in learner.student.state_dict().items()})
+
+    monkeypatch.setattr(training_module.Learner, "update", noted)
+    student = network(2)
+    distill(student, teacher=network(1), data=batches(), epochs=2, out=tmp_path, config=DistillConfig(lr=0.05, ema=0.7))
+    average = {name: value.clone() for name, value in steps[0].items()}
+    for later in steps[1:]:
+        get_ema_multi_avg_fn(0.7)(list(average.values()), list(later.values()), 1)
+    assert close(student.state_dict(), average, 1e-6)
+    assert not close(student.state_dict(), steps[-1], 1e-4)
+
+
+def test_it_stops_where_patience_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    accuracies = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+
+    def dictated(student: nn.Module, **_) -> training_module.Scores:
+        return training_module.Scores(loss=1.0, agreement=0.5, accuracy=next(accuracies), teacher_accuracy=0.9)
+
+    monkeypatch.setattr(training_module, "validate", dictated)
+    config = DistillConfig(lr=0.05, patience=2)
+    with caplog.at_level(logging.INFO):
+        run = distill(network(2), teacher=network(1), data=batches(), val=batches(), epochs=9, config=config)
+    assert (len(run.history), run.best_epoch) == (3, 1)
+    assert "no epoch was better on val than epoch 1" in caplog.text
+    with pytest.raises(OptionError, match="patience=2 needs validation data"):
+        distill(network(2), teacher=network(1), data=batches(), config=config)
+
+
+def test_features_teach_where_scores_say_nothing() -> None:
+    def nothing(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        return 0 * student.sum()
+
+    def error(student: nn.Module) -> float:
+        x = next(iter(batches()))[0]
+        return float((student[0](x) - network(1)[0](x)).square().mean())
+
+    student = network(2)
+    before = error(student)
+    config = DistillConfig(lr=0.1, loss=nothing, features=("0",))
+    distill(student, teacher=network(1), data=batches(), epochs=10, config=config)
+    assert error(student) < 0.2 * before
+
+
+def test_a_teacher_that_guesses_is_found_before_the_first_step() -> None:
+    class Untouched(nn.Linear):
+        def train(self, mode: bool = True) -> "Untouched":
+            assert not mode, "training began"
+            return super().train(mode)
+
+    student = nn.Sequential(nn.Flatten(), Untouched(64, 4))
+    with pytest.raises(
+        TrainingError, match=r"teacher is right on .* % of 400 answers of val, and guessing is on 25.0 %"
+    ):
+        distill(student, teacher=network(1), data=batches(), val=batches(400))
+
+
+def test_synchronised_norms_share_everything_and_are_gone_afterwards() -> None:
+    student = network(2, nn.BatchNorm2d)
+    norm = student[1]
+    with pytest.raises(OptionError, match="sync_norms=True: torch synchronises batch norms on GPUs only"):
+        distill(student, teacher=network(1), data=batches(), config=DistillConfig(sync_norms=True))
+    with swapped_norms(student):
+        assert isinstance(student[1], nn.SyncBatchNorm)
+        assert student[1].weight is norm.weight
+        assert student[1].running_mean is norm.running_mean
+    assert student[1] is norm
+
+
+def test_rows_of_all_processes_are_the_batch() -> None:
+    for size in range(9):
+        rows = [list(range(size))[Processes(rank, 4).rows(size)] for rank in range(4)]
+        assert [row for part in rows for row in part] == list(range(size))
+
+
+class Plain:
+    """Data that know nothing of processes."""
+
+    def __iter__(self):
+        return iter(batches(49))
+
+
+def one_of_two(rank: int, port: int, data, out: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    student = network(2, nn.BatchNorm2d)
+    run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN, out=out)
+    torch.save((student.state_dict(), run.history, run.start), out / f"{rank}.pt")
+
+
+FROZEN = DistillConfig(lr=0.05, precision="fp32", state_every=2)
+
+
+@pytest.mark.parametrize("data", [batches(49), Plain()], ids=["shards", "rows"])
+def test_two_processes_learn_what_one_does(tmp_path: Path, data, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    # Norms see the rows of their own process alone, so they do not train here; the last batch has one image.
+    monkeypatch.setattr(nn.BatchNorm2d, "train", lambda norm, mode=True: nn.Module.train(norm, False))
+    student = network(2, nn.BatchNorm2d)
+    run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=one_of_two, args=(rank, port, data, tmp_path)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(20)
+        child.kill()
+    assert [child.exitcode for child in children] == [0, 0]
+    for rank in range(2):
+        weights, history, start = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert close(weights, student.state_dict())
+        assert start.accuracy == run.start.accuracy
+        for mine, theirs in zip(history, run.history):
+            assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+            assert mine.val_accuracy == theirs.val_accuracy
+    assert (tmp_path / "best.safetensors").exists()
