@@ -123,7 +123,10 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
 
 def test_channels_last_weights_get_their_memory_back(tmp_path: Path) -> None:
     def started(data, *, resume: bool) -> dict[str, torch.Tensor]:
-        student = network(2).to(memory_format=torch.channels_last)
+        student = network(2)
+        torch.manual_seed(0)
+        student.insert(3, nn.Conv2d(6, 6, 3))
+        student.to(memory_format=torch.channels_last)
         distill(student, teacher=network(1), data=data, epochs=EPOCHS, out=tmp_path, config=CONFIG, resume=resume)
         return student.state_dict()
 
