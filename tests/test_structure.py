@@ -27,6 +27,7 @@ HEAVY = [
     "pandas",
     "datasets",
     "webdataset",
+    "tensorboard",
 ]
 
 
