@@ -15,10 +15,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from ghostify.cli_distill import distill_command
 from ghostify.cli_options import (  # fmt: skip
-    Batch,
     CalibrationData,
-    Data,
     DwSize,
     Fusion,
     Images,
@@ -36,11 +35,14 @@ from ghostify.cli_options import (  # fmt: skip
     Student,
     Weights,
     read_overrides,
+    show,
+    stored,
+    trained,
 )
 from ghostify.conversion import INITIALISERS, apply
 from ghostify.deployment import export_onnx, load, save
-from ghostify.deployment.artefact import check_replaceable, model_plan
-from ghostify.distillation import DataOptions, DistillConfig, EpochBatches, Splits, distill, load_data
+from ghostify.deployment.artefact import model_plan
+from ghostify.distillation import DataOptions, EpochBatches, Splits, load_data
 from ghostify.distillation.history import read_history
 from ghostify.errors import GhostifyError, InputsError, OptionError
 from ghostify.files import atomic_file
@@ -82,7 +84,7 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Show, before anything is changed, what happens to every convolution and what it saves."""
-    network = load_model(model) if keep is None else _trained(model, pretrained, weights)
+    network = load_model(model) if keep is None else trained(model, pretrained, weights)
     inputs = _calibration(calibration, images, seed)
     made = plan(
         network,
@@ -96,7 +98,7 @@ def plan_command(
     if out is not None:
         with atomic_file(out) as temporary:
             temporary.write_text(made.to_json(), encoding="utf-8")
-    _show(made.to_json() if as_json else f"{made}{_stored(out)}")
+    show(made.to_json() if as_json else f"{made}{stored(out)}")
 
 
 @app.command(
@@ -124,7 +126,7 @@ def convert_command(
     as_json: Json = False,
 ) -> None:
     """Replace convolutions by Ghost units that start from the old weights, and store the result."""
-    network = _trained(model, pretrained, weights)
+    network = trained(model, pretrained, weights)
     inputs = _calibration(calibration, images, seed)
     example = inputs[:1] if inputs is not None else _example(network, model, input_shape)
     if plan_file is not None:
@@ -142,46 +144,14 @@ def convert_command(
     student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)
     save(student, out)
     started = model_plan(student)
-    _show(started.to_json() if as_json else f"{started}{_stored(out)}")
+    show(started.to_json() if as_json else f"{started}{stored(out)}")
 
 
-@app.command(
+app.command(
     "distill",
     epilog="Example: ghostify distill my.models:resnet20 small --weights resnet20.safetensors "
     "--data parquet:cifar10 --epochs 30 --out run",
-)
-def distill_command(
-    model: Model,
-    student: Student,
-    data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for checkpoints, history and the trained student")],
-    epochs: Annotated[int, typer.Option(min=1, help="how often to go through the training data")] = 10,
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 0.05,
-    hard_weight: Annotated[float, typer.Option(help="weight of the labels, 0 to 1; the teacher has the rest")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="softens both networks' answers")] = 4.0,
-    batch_size: Batch = 128,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """Train a converted model to answer like the original one; OUT/student is the result."""
-    check_replaceable(out / "student")
-    teacher = _trained(model, pretrained, weights)
-    small = load(student, base=teacher)
-    splits = load_data(data, DataOptions(batch_size=batch_size, seed=seed))
-    config = DistillConfig(lr=lr, hard_weight=hard_weight, temperature=temperature, seed=seed)
-    run = distill(small, teacher=teacher, data=splits.train, val=splits.val, epochs=epochs, out=out, config=config)
-    save(small, out / "student")
-    if as_json:
-        _show(json.dumps([dataclasses.asdict(epoch) for epoch in run.history], indent=1))
-        return
-    lines = [
-        f"epoch {epoch.epoch}: loss {epoch.loss:.4f}, validation accuracy "
-        + ("unknown" if epoch.val_accuracy is None else f"{100 * epoch.val_accuracy:.2f} %")
-        for epoch in run.history
-    ]
-    _show("\n".join([*lines, f"best: epoch {run.best_epoch}"]) + _stored(out / "student"))
+)(distill_command)
 
 
 @app.command(
@@ -203,7 +173,7 @@ def compare_command(
     as_json: Json = False,
 ) -> None:
     """Compare original and converted model: parameters, MACs, latency, and accuracy where data are given."""
-    original = _trained(model, pretrained, weights)
+    original = trained(model, pretrained, weights)
     small = load(student, base=original)
     splits = None if data is None else load_data(data)
     example = _sample(splits, 1) if splits is not None and input_shape is None else None
@@ -216,7 +186,7 @@ def compare_command(
     )
     for path in out or []:
         report.save(path)
-    _show(report.to_json() if as_json else f"{report}{''.join(_stored(path) for path in out or [])}")
+    show(report.to_json() if as_json else f"{report}{''.join(stored(path) for path in out or [])}")
 
 
 @app.command("export", epilog="Example: ghostify export my.models:resnet20 run/student --out small.onnx")
@@ -231,7 +201,7 @@ def export_command(
     """Write a converted model as ONNX, checked in onnxruntime before the file appears."""
     base = load_model(model)
     check = export_onnx(load(student, base=base), out, example_inputs=_example(base, model, input_shape), opset=opset)
-    _show(json.dumps(dataclasses.asdict(check), indent=1, default=str) if as_json else str(check))
+    show(json.dumps(dataclasses.asdict(check), indent=1, default=str) if as_json else str(check))
 
 
 @app.command("demo", epilog="Example: ghostify demo --out demo-run")
@@ -243,9 +213,9 @@ def demo_command(
     """The whole way on 5,000 handwritten digits: train, ghostify, distil, compare, store, export."""
     from ghostify.demo import run_demo
 
-    report = run_demo(out, seed=seed, say=lambda line: _show(line, sys.stderr if as_json else sys.stdout))
+    report = run_demo(out, seed=seed, say=lambda line: show(line, sys.stderr if as_json else sys.stdout))
     if as_json:
-        _show(report.to_json())
+        show(report.to_json())
 
 
 def main() -> NoReturn:
@@ -281,25 +251,6 @@ def _short_warning(
 ) -> None:
     """Warnings in one line, without the line of code."""
     print(f"note: {message}", file=file or sys.stderr)
-
-
-def _trained(name: str, pretrained: bool, weights: Path | None) -> nn.Module:
-    """Load a model; one that was given no weights may well be random, which is said."""
-    if weights is None and not pretrained:
-        _show(
-            f"note: {name} has the weights that it is made with, which may be random: neither --weights nor "
-            "--pretrained is given",
-            sys.stderr,
-        )
-    return load_model(name, pretrained=pretrained, weights=weights)
-
-
-def _show(text: str, stream: TextIO | None = None) -> None:
-    print(text, file=stream or sys.stdout, flush=True)
-
-
-def _stored(path: Path | None) -> str:
-    return "" if path is None else f"\nstored in {path}"
 
 
 def _calibration(data: str | None, images: int, seed: int) -> Tensor | None:

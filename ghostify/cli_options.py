@@ -1,14 +1,17 @@
-"""Options that several sub-commands share."""
+"""Options that several sub-commands share, and how they load and answer."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
+from torch import nn
 
 from ghostify.errors import OptionError
 from ghostify.planning import Override
+from ghostify.zoo import load_model
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory")]
 Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a converted model")]
@@ -51,3 +54,24 @@ def read_overrides(texts: list[str] | None) -> dict[str, Override]:
         except ValueError as error:
             raise OptionError(f"override={text!r}: {value!r} is neither a ratio nor 'keep'.") from error
     return read
+
+
+def trained(name: str, pretrained: bool, weights: Path | None) -> nn.Module:
+    """Load a model; one that was given no weights may well be random, which is said."""
+    if weights is None and not pretrained:
+        show(
+            f"note: {name} has the weights that it is made with, which may be random: neither --weights nor "
+            "--pretrained is given",
+            sys.stderr,
+        )
+    return load_model(name, pretrained=pretrained, weights=weights)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print at once, on standard output by default."""
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def stored(path: Path | None) -> str:
+    """A line that says where a result is, if it is anywhere."""
+    return "" if path is None else f"\nstored in {path}"

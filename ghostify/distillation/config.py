@@ -46,6 +46,7 @@ class DistillConfig:
             the same, but for batch norms, which see one part at a time.
         sync_norms: With several processes, let batch norms see the rows of all of them (on GPUs only).
         state_every: With ``out``, steps after which the state of the run is written down, to go on from.
+        tensorboard: With ``out``, write events for TensorBoard beside the CSV files.
         clip_norm: Longest gradient over all parameters, or ``None`` for no clipping.
         precision: ``"bf16"`` or ``"fp32"``; ``"auto"`` is bf16 where the hardware has it.
         channels_last: Give 4-d inputs in the memory format that convolutions run fastest in.
@@ -75,6 +76,7 @@ class DistillConfig:
     accumulate: int = 1
     sync_norms: bool = False
     state_every: int = 1000
+    tensorboard: bool = False
     clip_norm: float | None = 5.0
     precision: str = "auto"
     channels_last: bool = True
@@ -99,7 +101,7 @@ class DistillConfig:
         _number("mixup", self.mixup, least=0.0)
         if self.ema is not None:
             _number("ema", self.ema, above=0.0, below=1.0)
-        for name in ("compile", "sync_norms"):
+        for name in ("compile", "sync_norms", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.patience is not None:

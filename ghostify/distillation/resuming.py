@@ -26,7 +26,7 @@ from ghostify.states import versioned
 Found = tuple[Progress, dict[str, Tensor]]
 
 # Settings that may change from one part of a run to the next.
-_FREE = ("progress", "state_every")
+_FREE = ("progress", "state_every", "tensorboard")
 
 
 class States:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from ghostify.distillation.batches import Batch, Reader, count_batches
 from ghostify.distillation.checkpoint import snapshot, write_history, write_weights
 from ghostify.distillation.config import DistillConfig
+from ghostify.distillation.failures import diverged, non_finite
 from ghostify.distillation.features import FeatureTaps
 from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.learning import Learner, synchronised_norms
+from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
 from ghostify.distillation.optimisation import learning_rate, uses_bf16
 from ghostify.distillation.preflight import check_batch, check_models, check_teacher, first_batch
-from ghostify.distillation.processes import Item, launched, read_epoch
+from ghostify.distillation.processes import launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state, reseed
 from ghostify.distillation.resuming import States, find_state, restore
@@ -33,6 +35,9 @@ from ghostify.errors import InputsError, NonFiniteLossError, OptionError, Traini
 from ghostify.tracing.example import evaluating
 
 log = logging.getLogger(__name__)
+
+# Steps between two rows of the log, and those that are timed to foretell how long the run will take.
+_STEPS_PER_ROW = _STEPS_TIMED = 20
 
 
 def distill(
@@ -155,9 +160,12 @@ def distill(
                             taps.loss(config.feature_loss)
 
         learner = Learner(student, teacher, config, processes, reader, taps)
+        validating = 0.0  # seconds
         if found is None:
             # Epoch 0: the student as it came.
+            began = time.perf_counter()
             start = scored(student)
+            validating = time.perf_counter() - began
             check_teacher(start, classes)
             if start is not None and not math.isfinite(start.loss):
                 raise TrainingError(
@@ -174,6 +182,15 @@ def distill(
                 "going on at epoch %d of %d, step %d of %d", progress.epoch, epochs, progress.step, steps_per_epoch
             )
 
+        steps_before = (progress.epoch - 1) * steps_per_epoch + progress.step
+        journal = stack.enter_context(
+            RunLog(
+                folder if processes.is_main else None,
+                tensorboard=config.tensorboard,
+                steps=steps_before,
+                epochs=len(progress.history),
+            )
+        )
         try:
             while not progress.finished:
                 epoch, step = progress.epoch, progress.step - 1
@@ -195,15 +212,22 @@ def distill(
                     progress.examples += made.examples
                     look = (step + 1) % steps_per_look == 0
                     if look and int(finite) <= step:
-                        raise _non_finite(epoch, step, int(finite), rate, item, learner, folder)
-                    if look and show:
-                        show(
-                            completed=done,
-                            epoch=epoch,
-                            loss=float(loss_sum) / progress.examples,
-                            rate=(progress.examples - examples_before) / (time.perf_counter() - began),
-                            val=scores_line(progress.scores),
+                        raise non_finite(epoch, step, int(finite), rate, item, learner, folder)
+                    spent = time.perf_counter() - began
+                    if look and (show or done % _STEPS_PER_ROW == 0):
+                        loss, speed = float(loss_sum) / progress.examples, (progress.examples - examples_before) / spent
+                        if show:
+                            show(completed=done, epoch=epoch, loss=loss, rate=speed, val=scores_line(progress.scores))
+                        if done % _STEPS_PER_ROW == 0:
+                            journal.step(done, loss=loss, lr=rate, images_per_second=speed)
+                    if done - steps_before == _STEPS_TIMED and step + 1 >= _STEPS_TIMED and processes.is_main:
+                        left = expected_seconds(
+                            spent / _STEPS_TIMED,
+                            steps - done,
+                            seconds_per_validation=validating,
+                            validations=epochs - epoch + 1,
                         )
+                        log.info("this will take %s", expected_line(left, epochs - epoch + 1, steps_per_epoch))
                     learner.update()
                     progress.step = step + 1
                     if look and int(made.stops):
@@ -217,7 +241,7 @@ def distill(
                         f"data yields no batch in epoch {epoch}. Pass something that can be iterated anew."
                     )
                 if int(finite) <= step:
-                    raise _non_finite(epoch, step, int(finite), rate, item, learner, folder)
+                    raise non_finite(epoch, step, int(finite), rate, item, learner, folder)
                 if epoch == 1 and step + 1 != steps_per_epoch:
                     log.warning(
                         "data says that it has %d batches and yields %d: the learning rate follows the former",
@@ -227,7 +251,7 @@ def distill(
                 trained = time.perf_counter()
                 scores = scored(learner.kept)
                 if not _is_healthy(learner, scores, batch):
-                    raise _diverged(f"after epoch={epoch}, lr={rate:.3g}", epoch, config, folder)
+                    raise diverged(f"after epoch={epoch}, lr={rate:.3g}", epoch, config, folder)
                 last = snapshot(learner.kept)
                 is_best = scores is None or progress.best is None or scores.rank > progress.best.rank
                 if is_best:
@@ -248,6 +272,7 @@ def distill(
                 progress.finished = epoch == epochs or waited
                 store(is_best=is_best)
                 remember()
+                journal.epoch((epoch - 1) * steps_per_epoch + step + 1, record, scores)
                 if processes.is_main:
                     log.info(epoch_line(record, epochs, scores))
                 if waited and epoch < epochs:
@@ -282,49 +307,9 @@ def _steps_per_look(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 20
 
 
-def _non_finite(
-    epoch: int, step: int, first: int, rate: float, item: Item, learner: Learner, folder: Path | None
-) -> NonFiniteLossError:
-    """Say what went wrong at step ``first``, seen at ``step``; the batch at hand is to blame only if they are one."""
-    config, inputs = learner.config, learner.reader.read(item.value, "data").inputs
-    with torch.no_grad(), learner.reader.autocast():
-        wanted = learner.teacher(inputs)
-    if step == first and not bool(torch.isfinite(inputs).all()):
-        cause = "the batch itself holds NaN or infinite inputs. Clean the data."
-    elif step == first and not bool(torch.isfinite(wanted).all()):
-        cause = "the teacher's scores are not finite. Check its weights and the normalisation of the inputs."
-    else:
-        culprit = "the student diverged" if step == first else "the student diverged or a batch is not finite"
-        cause = f"{culprit}. {_calmer(config)}"
-    return NonFiniteLossError(
-        f"the loss or its gradient is not finite at epoch={epoch}, step={first + 1}, lr={rate:.3g}: {cause} "
-        f"{_kept(epoch, folder)}"
-    )
-
-
 def _is_healthy(learner: Learner, scores: Scores | None, batch: Batch) -> bool:
     """Whether a student still gives numbers: no loss has shown yet what the last step made of it."""
     if scores is not None:
         return math.isfinite(scores.loss)
     with evaluating(learner.kept), torch.no_grad(), learner.reader.autocast():
         return bool(torch.isfinite(learner.kept(batch.inputs)).all())
-
-
-def _diverged(when: str, epoch: int, config: DistillConfig, folder: Path | None) -> NonFiniteLossError:
-    return NonFiniteLossError(
-        f"the student's scores are not finite {when}: it diverged. {_calmer(config)} {_kept(epoch, folder)}"
-    )
-
-
-def _calmer(config: DistillConfig) -> str:
-    """What keeps the next run from diverging."""
-    clip = "" if config.clip_norm is not None else " or set clip_norm=5.0"
-    precision = "" if config.precision == "fp32" else "; if that does not help, pass precision='fp32'"
-    return f"Lower lr to {config.lr / 3:.2g}{clip}{precision}."
-
-
-def _kept(epoch: int, folder: Path | None) -> str:
-    """What the student holds after an epoch that failed."""
-    state = "the weights that it came with" if epoch == 1 else f"the weights of the end of epoch {epoch - 1}"
-    file = f" and so does {str(folder / 'last.safetensors')!r}" if folder else ""
-    return f"The student holds {state}{file}."

@@ -163,7 +163,13 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(
     assert not same(kept, start)
     assert same(load_file(tmp_path / "last.safetensors"), kept)
     assert len(json.loads((tmp_path / "history.json").read_text())["epochs"]) == 2
-    assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "history.json", "last.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "best.safetensors",
+        "epochs.csv",
+        "history.json",
+        "last.safetensors",
+        "steps.csv",
+    ]
     assert all(module.training for module in (*student.modules(), *teacher.modules()))
     assert all(p.grad is None for p in student.parameters())
 
@@ -257,7 +263,14 @@ def test_an_interrupt_keeps_the_last_complete_epoch_and_nothing_half_written(tmp
     student, teacher = normed()
     with pytest.raises(KeyboardInterrupt):
         distill(student, teacher=teacher, data=Spoilt(1, interrupt), epochs=3, out=tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["best.safetensors", "history.json", "last.safetensors", "state"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "best.safetensors",
+        "epochs.csv",
+        "history.json",
+        "last.safetensors",
+        "state",
+        "steps.csv",
+    ]
     assert same(load_file(tmp_path / "last.safetensors"), state(student))
     assert len(json.loads((tmp_path / "history.json").read_text())["epochs"]) == 1
 

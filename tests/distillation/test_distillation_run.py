@@ -194,7 +194,8 @@ def test_the_best_weights_are_kept_and_stored(tmp_path: Path, monkeypatch: pytes
     assert same(state(student), ends[2])
     assert same(load_file(tmp_path / "run/best.safetensors"), ends[2])
     assert same(load_file(tmp_path / "run/last.safetensors"), ends[3])
-    assert {p.name for p in run.out.iterdir()} == {"best.safetensors", "history.json", "last.safetensors", "state"}
+    found = {p.name for p in run.out.iterdir()}
+    assert found == {"best.safetensors", "epochs.csv", "history.json", "last.safetensors", "state", "steps.csv"}
     record = json.loads((tmp_path / "run/history.json").read_text())
     assert [epoch["val_accuracy"] for epoch in record["epochs"]] == [0.5, 0.9, 0.3]
     assert (record["best_epoch"], record["config"]["temperature"]) == (2, 4.0)
