@@ -150,7 +150,7 @@ def least_damage(
     starts = np.cumsum([0, *sizes])
     cost = np.array([change for some in changes for change in some], dtype=object).reshape(-1, len(limits))
     one_each = np.repeat(np.eye(len(sizes)), sizes, axis=1)
-    scale = np.maximum(1, np.abs(cost).sum(0)).astype(float)  # the limits become comparable numbers around 1
+    scale = np.maximum(1, np.abs(cost).max(0)).astype(float) / 1_000  # its tolerance is absolute, 1e-6
     constraints = [
         LinearConstraint(one_each, 1, 1),
         LinearConstraint((cost / scale).astype(float).T, -np.inf, np.array(limits, dtype=float) / scale),

@@ -85,7 +85,6 @@ def test_every_limit_is_met_from_below_and_told(limits):
     assert f"damage {damage:.4f}" in plan.budget[-1]
     assert "no choice has less" in plan.budget[-1]
     assert {d.spec.ratio for d in plan.replaced} <= set(RATIOS)
-    assert all(d.order != "shared" for d in plan)
 
 
 def test_two_limits_cost_at_least_as_much_as_either():
@@ -216,6 +215,14 @@ class Flat(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         return self.head((self.one(x) + self.two(x)).mean((2, 3)))
+
+
+def test_no_choice_gives_way_to_a_shared_order():
+    flat = Flat().eval()
+    assert [d.order for d in ghostify.plan(flat, ratio=4, example_inputs=IMAGES)] == ["", "shared", "shared"]
+    plan = ghostify.plan(flat, budget={"macs": 0.47}, calibration=IMAGES)
+    assert [str(d.spec) for d in plan] == ["None", "s=3", "s=3"]
+    assert [d.order for d in plan] == ["", "index", "index"]
 
 
 def test_ties_are_broken_alike():
