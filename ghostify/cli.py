@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ghostify.cli_distill import distill_command
 from ghostify.cli_options import (  # fmt: skip
+    BudgetTexts,
     CalibrationData,
     DwSize,
     Fusion,
@@ -34,6 +35,7 @@ from ghostify.cli_options import (  # fmt: skip
     Skip,
     Student,
     Weights,
+    read_budget,
     read_overrides,
     show,
     stored,
@@ -76,6 +78,7 @@ def plan_command(
     input_shape: Shape = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="store the plan in this JSON file")] = None,
     keep: Keep = None,
+    budget: BudgetTexts = None,
     calibration: CalibrationData = None,
     images: Images = 512,
     weights: Weights = None,
@@ -84,7 +87,7 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Show, before anything is changed, what happens to every convolution and what it saves."""
-    network = load_model(model) if keep is None else trained(model, pretrained, weights)
+    network = load_model(model) if keep is None and not budget else trained(model, pretrained, weights)
     inputs = _calibration(calibration, images, seed)
     made = plan(
         network,
@@ -93,6 +96,7 @@ def plan_command(
         skip=skip or (),
         overrides=read_overrides(override),
         keep=keep,
+        budget=read_budget(budget),
         calibration=inputs,
     )
     if out is not None:
@@ -116,6 +120,7 @@ def convert_command(
     skip: Skip = None,
     override: Overrides = None,
     keep: Keep = None,
+    budget: BudgetTexts = None,
     calibration: CalibrationData = None,
     images: Images = 512,
     initialiser: Annotated[str | None, typer.Option(help=f"one of {', '.join(INITIALISERS)}")] = None,
@@ -139,7 +144,8 @@ def convert_command(
             skip=skip or (),
             overrides=read_overrides(override),
             keep=keep,
-            calibration=inputs if keep is not None else None,
+            budget=read_budget(budget),
+            calibration=inputs if keep is not None or budget else None,
         )
     student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)
     save(student, out)

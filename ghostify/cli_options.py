@@ -10,7 +10,7 @@ import typer
 from torch import nn
 
 from ghostify.errors import OptionError
-from ghostify.planning import Override
+from ghostify.planning import Budget, Override
 from ghostify.zoo import load_model
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory")]
@@ -33,6 +33,14 @@ Keep = Annotated[
     float | None,
     typer.Option("--keep", help="in place of --ratio: share of each layer's variance to keep; needs --calibration"),
 ]
+BudgetTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        help="in place of --ratio: KEY=VALUE, what may be left of macs, params or size_bytes, as a fraction or a whole "
+        "number; repeatable; needs --calibration",
+    ),
+]
 CalibrationData = Annotated[
     str | None, typer.Option("--calibration", help="data set to measure and start the new layers on, as --data")
 ]
@@ -54,6 +62,18 @@ def read_overrides(texts: list[str] | None) -> dict[str, Override]:
         except ValueError as error:
             raise OptionError(f"override={text!r}: {value!r} is neither a ratio nor 'keep'.") from error
     return read
+
+
+def read_budget(texts: list[str] | None) -> Budget | None:
+    """Read ``KEY=VALUE``; None if there is none."""
+    read: dict[str, float] = {}
+    for text in texts or []:
+        key, _, value = text.partition("=")
+        try:
+            read[key] = float(value)
+        except ValueError as error:
+            raise OptionError(f"budget={text!r} is not KEY=NUMBER. Write it as macs=0.5 or params=2000000.") from error
+    return read or None
 
 
 def trained(name: str, pretrained: bool, weights: Path | None) -> nn.Module:

@@ -11,6 +11,7 @@ The tree::
     ├── PlanError           the plan cannot be made or does not fit
     │   ├── NothingToConvertError   no convolution is left to replace
     │   ├── PatternError            a name pattern matches no convolution
+    │   ├── BudgetError             no choice of ratios meets the budget
     │   └── PlanMismatchError       the plan was made for another model
     ├── ConversionError     the converted model is not what the plan promised
     ├── TrainingError       distillation cannot start or go on
@@ -60,6 +61,10 @@ class NothingToConvertError(PlanError):
 
 class PatternError(PlanError):
     """A name pattern matches no convolution of the model."""
+
+
+class BudgetError(PlanError):
+    """No choice of ratios meets the budget; the message names what can be reached."""
 
 
 class PlanMismatchError(PlanError):

@@ -63,12 +63,9 @@ class GhostSpec:
             raise OptionError(
                 f"dw_size={d!r} is not an odd number ≥ 1: an even depthwise kernel would shift the map. Use 3, 5 or 7."
             )
-        for name, value, allowed in (
-            ("fusion", self.fusion, get_args(Fusion)),
-            ("placement", self.placement, get_args(Placement)),
-        ):
-            if value not in allowed:
-                raise OptionError(f"{name}={value!r} is unknown. Use one of {', '.join(allowed)}.")
+        for name, allowed in (("fusion", get_args(Fusion)), ("placement", get_args(Placement))):
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name}={getattr(self, name)!r} is unknown. Use one of {', '.join(allowed)}.")
         # NumPy's numbers are welcome, and do not stay: JSON does not know them.
         object.__setattr__(self, "ratio", float(ratio))
         object.__setattr__(self, "dw_size", int(d))
@@ -240,6 +237,7 @@ class Plan:
         decisions: One for every convolution, in order of execution.
         lifted: Convolutions that the model calls as functions; modules of a converted ``torch.fx.GraphModule``.
         arguments: Names of the arguments of the model's forward that the example inputs gave.
+        budget: What was asked and what is reached, in lines to read; empty without a budget.
     """
 
     model: str
@@ -253,6 +251,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     lifted: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    budget: tuple[str, ...] = ()
 
     __pydantic_config__ = STRICT
 
@@ -315,6 +314,7 @@ class Plan:
             f"params  {_total(self.params, self.params_after)}",
             f"MACs    {_total(self.macs, self.macs_after)}   (batch 1, convolutions and linear layers)",
         ]
+        lines += [f"budget  {line}" for line in self.budget]
         if self.trace_way == "recorded":
             lines.append(f"facts   from a recorded run, because FX could not trace the model: {self.trace_note}")
             lines.append("        (shapes and costs are as sure as with FX; what follows a layer is not known, so")

@@ -18,7 +18,15 @@ from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Con
 from ghostify.conversion.verification import verify
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError, TraceError
 from ghostify.nn.ghost import GhostConv
-from ghostify.planning import Override, check_keep_options, chosen_spec, override_specs, plan_traced, skip_patterns
+from ghostify.planning import (  # fmt: skip
+    Budget,
+    Override,
+    check_measured_options,
+    chosen_spec,
+    override_specs,
+    plan_traced,
+    skip_patterns,
+)
 from ghostify.planning.cost import ghost_macs, ghost_params
 from ghostify.planning.rules import saves_nothing
 from ghostify.spec import Decision, GhostSpec, Plan
@@ -52,6 +60,7 @@ def convert(
     skip: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
     keep: float | None = None,
+    budget: Budget | None = None,
     calibration: Calibration | None = None,
     images: int = MOST_IMAGES,
     initialiser: str | Initialiser | None = None,
@@ -73,9 +82,8 @@ def convert(
     start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model, images)
     facts = _facts(model, example_inputs, chunks)
-    if keep is not None:
-        check_keep_options(keep, ratio, chunks)
-    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks)
+    check_measured_options(keep, budget, ratio, chunks)
+    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks, budget)
     return _apply(plan, facts if plan.lifted else facts.unlifted or facts, chunks, start, seed)
 
 

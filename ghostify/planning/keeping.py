@@ -29,41 +29,48 @@ def check_keep_options(keep: float, ratio: float | None, chunks: Sequence[Exampl
         raise OptionError(f"keep={keep!r} needs calibration inputs. Pass calibration=images (a few hundred).")
 
 
-def with_ratios(
-    options: Sequence[Sequence[Decision]], keep: float, spec: GhostSpec, facts: Trace, chunks: list[Example]
-) -> list[Decision]:
-    """Choose for every site among its decisions at several ratios.
+def measured(
+    options: Sequence[Sequence[Decision]], spec: GhostSpec, facts: Trace, chunks: list[Example]
+) -> list[list[Decision]]:
+    """Measure for every site what each of its ratios could still express.
 
     Args:
         options: For every site its decisions in the order of ``RATIOS``; one alone is taken as it is.
-        keep: The share of a layer's variance that must be left.
         spec: Gives all but the ratio.
         facts: The original with its facts.
         chunks: Calibration inputs.
+
+    Returns:
+        For every site the ratios that are possible, with ``explained``; one decision without it where nothing is open.
     """
     open_sites = [some[0].site for some in options if len(some) > 1 and any(option.replaced for option in some)]
     shares = {site.name: explained for site, explained in site_shares(facts, open_sites, spec, chunks)}
     return [
-        _largest(some, keep, shares[some[0].site.name]) if some[0].site.name in shares else some[0] for some in options
+        [_with_share(option, shares[option.site.name]) for option in some if option.replaced]
+        if some[0].site.name in shares
+        else [some[0]]
+        for some in options
     ]
 
 
-def _largest(some: Sequence[Decision], keep: float, explained: Tensor) -> Decision:
-    best: Decision | None = None
-    nearest: Decision | None = None
-    for decision in some:
-        spec, site = decision.spec, decision.site
-        if spec is None:
-            continue
-        share = kept_share(explained, choose_layout(explained, spec, site.groups), spec, site.groups)
-        measured = replace(decision, explained=share)
-        nearest = nearest if nearest is not None and (nearest.explained or 0) >= share else measured
-        if share >= keep:
-            best = measured
-    if best is not None:
-        return best
-    assert nearest is not None  # the caller has looked: some ratio is possible
-    assert nearest.spec is not None
+def with_ratios(options: Sequence[Sequence[Decision]], keep: float) -> list[Decision]:
+    """Choose for every site the largest ratio that leaves enough of it.
+
+    Args:
+        options: From [measured][ghostify.planning.keeping.measured].
+        keep: The share of a layer's variance that must be left.
+    """
+    chosen = []
+    for some in options:
+        enough = [option for option in some if option.explained is None or option.explained >= keep]
+        chosen.append(enough[-1] if enough else kept(some))
+    return chosen
+
+
+def kept(some: Sequence[Decision]) -> Decision:
+    """The decision to leave a site as it is, though some ratios are possible: told is what the best of them keeps."""
+    nearest = max(some, key=lambda option: option.explained or 0.0)
+    assert nearest.spec is not None  # they are ratios
     return replace(
         nearest,
         spec=None,
@@ -72,3 +79,9 @@ def _largest(some: Sequence[Decision], keep: float, explained: Tensor) -> Decisi
         macs_after=nearest.macs_before,
         explained=None,
     )
+
+
+def _with_share(option: Decision, explained: Tensor) -> Decision:
+    spec, groups = option.spec, option.site.groups
+    assert spec is not None  # only ratios are measured
+    return replace(option, explained=kept_share(explained, choose_layout(explained, spec, groups), spec, groups))

@@ -13,8 +13,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ghostify.errors import NothingToConvertError, OptionError, PatternError
+from ghostify.planning.budget import Budget, check_budget_options, within_budget
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
-from ghostify.planning.keeping import RATIOS, check_keep_options, with_ratios
+from ghostify.planning.keeping import RATIOS, check_keep_options, measured, with_ratios
 from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
 from ghostify.spec import ChannelOrder, Decision, GhostSpec, Plan, Site
 from ghostify.tracing import Example, ExampleInputs, Streams, Trace, fingerprint, trace
@@ -32,6 +33,7 @@ def plan(
     skip: str | Sequence[str] = (),
     overrides: Mapping[str, Override] | None = None,
     keep: float | None = None,
+    budget: Budget | None = None,
     calibration: Calibration | None = None,
 ) -> Plan:
     """Decide for every convolution of a model whether and how a Ghost unit replaces it.
@@ -50,17 +52,24 @@ def plan(
             first and the output layer; of several that match, the last one counts.
         keep: In place of a ratio: every site gets the largest one out of 1.1, 1.25, 1.5, 2, 3 and 4 at which
             so much of its output's variance can still be expressed, 0 to 1; or it stays as it is.
-        calibration: With ``keep``: a few hundred inputs, as [apply][ghostify.apply] takes them.
+        budget: In place of a ratio: what may be left of ``macs``, ``params`` and ``size_bytes`` (the parameters in
+            bytes of their dtypes, without buffers) of the whole model: up to 1 a fraction of the original, a whole
+            number above 1 as it is. All that are given must hold. Every site stays or gets one of the ratios of
+            ``keep``, so that the shares of variance that the sites lose are least in sum. This is an estimate: it
+            looks at each layer alone.
+        calibration: With ``keep`` or ``budget``: a few hundred inputs, as [apply][ghostify.apply] takes them.
 
     Returns:
         The plan; print it.
 
     Raises:
-        OptionError: A ratio or another option is out of range, or ``keep`` has no calibration inputs.
+        OptionError: A ratio or another option is out of range, or ``keep`` or ``budget`` has no calibration inputs.
         InputsError: There are no example inputs.
         TraceError: The model does not run on them.
         PatternError: A pattern matches no convolution.
-        NothingToConvertError: No convolution is left to replace; the reasons are in the message.
+        NothingToConvertError: No convolution is left to replace, the reasons are in the message; or the budget asks
+            for nothing.
+        BudgetError: The budget cannot be met; the message names the smallest that can.
 
     Example:
         >>> import torch
@@ -70,26 +79,42 @@ def plan(
         (18, 269722, 139114)
     """
     default = chosen_spec(ratio, spec)
-    chunks = _chunks_for(keep, ratio, calibration, model)
+    chunks = _chunks_for(keep, budget, ratio, calibration, model)
     facts = trace(model, example_inputs if example_inputs is not None or not chunks else chunks[0])
-    return plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks)
+    return plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks, budget)
 
 
 def _chunks_for(
-    keep: float | None, ratio: float | None, calibration: Calibration | None, model: nn.Module
+    keep: float | None,
+    budget: Budget | None,
+    ratio: float | None,
+    calibration: Calibration | None,
+    model: nn.Module,
 ) -> list[Example]:
-    """The inputs on which ``keep`` is measured.
+    """The inputs on which ``keep`` or ``budget`` is measured.
 
     Raises:
         OptionError: There are none, or a ratio is given besides, or inputs that nothing is measured on.
     """
-    if keep is None:
+    if keep is None and budget is None:
         if calibration is not None:
-            raise OptionError("calibration is given without keep=…: a plan with a fixed ratio measures nothing on it.")
+            raise OptionError(
+                "calibration is given without keep=… or budget=…: a plan with a fixed ratio measures nothing on it."
+            )
         return []
     chunks = calibration_chunks(calibration, model)
-    check_keep_options(keep, ratio, chunks)
+    check_measured_options(keep, budget, ratio, chunks)
     return chunks
+
+
+def check_measured_options(
+    keep: float | None, budget: Budget | None, ratio: float | None, chunks: Sequence[Example]
+) -> None:
+    """Raise OptionError unless what decides the ratios, if anything is to be measured, is sound and alone."""
+    if budget is not None:
+        check_budget_options(budget, keep, ratio, chunks)
+    elif keep is not None:
+        check_keep_options(keep, ratio, chunks)
 
 
 def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:
@@ -114,16 +139,16 @@ def plan_traced(
     overrides: Mapping[str, GhostSpec | None],
     keep: float | None = None,
     chunks: Sequence[Example] = (),
+    budget: Budget | None = None,
 ) -> Plan:
     """The same from facts that are known already; see [plan][ghostify.plan] for the arguments."""
     skip = list(skip)
-    names = list(dict.fromkeys(site.name for known in (facts, facts.unlifted) if known for site in known.sites))
-    for option, patterns in (("skip", skip), ("overrides", list(overrides))):
-        for pattern in patterns:
-            _check_pattern(option, pattern, names)
-    made = _decided(facts, default, skip, overrides, keep, chunks)
+    check_patterns(facts, skip, overrides)
+    made = _decided(facts, default, skip, overrides, keep, chunks, budget)
     if facts.unlifted is not None and not any(decision.site.name in facts.lifted for decision in made.replaced):
-        made = _decided(facts.unlifted, default, skip, overrides, keep, chunks)  # the model can stay of its own class
+        made = _decided(
+            facts.unlifted, default, skip, overrides, keep, chunks, budget
+        )  # the model can stay of its own class
     if not made.replaced:
         reasons = Counter(decision.reason for decision in made)
         raise NothingToConvertError(
@@ -141,16 +166,37 @@ def _decided(
     overrides: Mapping[str, GhostSpec | None],
     keep: float | None,
     chunks: Sequence[Example],
+    budget: Budget | None,
 ) -> Plan:
-    if keep is None:
-        decisions = [_decide(site, default, skip, overrides) for site in facts.sites]
-    else:
-        specs = [replace(default, ratio=ratio) for ratio in RATIOS]
-        options = [
-            [_decide(site, spec, skip, overrides) for spec in specs[: 1 if _matching(site, overrides) else None]]
-            for site in facts.sites
-        ]
-        decisions = with_ratios(options, keep, default, facts, list(chunks))
+    if keep is None and budget is None:
+        return made_plan(facts, [_decide(site, default, skip, overrides) for site in facts.sites], share=True)
+    options = measured_options(facts, default, skip, overrides, chunks)
+    # No order is shared: the share that is promised is that of a layer's own choice.
+    if budget is not None:
+        met = within_budget(options, budget, facts)
+        return made_plan(facts, met.decisions, share=False, budget=met.notes)
+    assert keep is not None
+    return made_plan(facts, with_ratios(options, keep), share=False)
+
+
+def measured_options(
+    facts: Trace,
+    default: GhostSpec,
+    skip: list[str],
+    overrides: Mapping[str, GhostSpec | None],
+    chunks: Sequence[Example],
+) -> list[list[Decision]]:
+    """All that may happen to every site, from [measured][ghostify.planning.keeping.measured]."""
+    specs = [replace(default, ratio=ratio) for ratio in RATIOS]
+    options = [
+        [_decide(site, spec, skip, overrides) for spec in specs[: 1 if _matching(site, overrides) else None]]
+        for site in facts.sites
+    ]
+    return measured(options, default, facts, list(chunks))
+
+
+def made_plan(facts: Trace, decisions: Sequence[Decision], *, share: bool, budget: tuple[str, ...] = ()) -> Plan:
+    """The plan of a model from the decisions about its sites; ``share`` as in ``with_orders``."""
     return Plan(
         model=type(facts.model).__name__,
         fingerprint=fingerprint(facts.model),
@@ -160,10 +206,10 @@ def _decided(
         params=facts.params,
         macs=facts.count.macs,
         uncounted=facts.count.outside,
-        # A promised share is that of a layer's own choice.
-        decisions=with_orders(decisions, facts.streams, share=keep is None),
+        decisions=with_orders(decisions, facts.streams, share=share),
         lifted=facts.lifted,
         arguments=facts.arguments,
+        budget=budget,
     )
 
 
@@ -273,6 +319,14 @@ def _override_spec(pattern: str, value: Override, default: GhostSpec) -> GhostSp
             f"overrides={{{pattern!r}: {value!r}}} is neither a ratio, nor a GhostSpec, nor None, which keeps the site."
         )
     return replace(default, ratio=float(value))
+
+
+def check_patterns(facts: Trace, skip: Sequence[str], overrides: Mapping[str, GhostSpec | None]) -> None:
+    """Raise PatternError if a pattern matches no convolution."""
+    names = list(dict.fromkeys(site.name for known in (facts, facts.unlifted) if known for site in known.sites))
+    for option, patterns in (("skip", skip), ("overrides", list(overrides))):
+        for pattern in patterns:
+            _check_pattern(option, pattern, names)
 
 
 def _check_pattern(option: str, pattern: str, names: list[str]) -> None:

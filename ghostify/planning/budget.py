@@ -1,0 +1,223 @@
+"""Ratios by a budget: of all ways to meet it, the one that is estimated to lose least, found exactly.
+
+The loss of a choice is the share of the site's output variance, behind its norm, that the Ghost unit cannot express,
+measured as [keeping][ghostify.planning.keeping] does. Their sum is an estimate: it looks at each layer alone, as if no
+layer's errors met another's.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor, nn
+
+from ghostify.errors import BudgetError, NothingToConvertError, OptionError
+from ghostify.planning.keeping import kept
+from ghostify.spec import Decision
+from ghostify.tracing import Example, Trace
+
+Budget = Mapping[str, float]
+KEYS = ("macs", "params", "size_bytes")
+# Of the solver's search tree. A limit in seconds would give other plans on other machines.
+_NODES = 100_000
+# A status of ``scipy.optimize.milp``.
+_INFEASIBLE = 2
+
+
+@dataclass(frozen=True)
+class Met:
+    """Decisions that meet a budget.
+
+    Attributes:
+        decisions: For every site.
+        damage: Sum over the sites of the share of variance that each loses, measured alone.
+        left: What is left of every cost, as a fraction of the original.
+        notes: What was asked and what is reached, in lines to read.
+    """
+
+    decisions: list[Decision]
+    damage: float
+    left: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def check_budget_options(budget: Budget, keep: float | None, ratio: float | None, chunks: Sequence[Example]) -> None:
+    """Raise OptionError unless a budget has known keys and sound values, and alone decides the ratios."""
+    if not isinstance(budget, Mapping) or not budget:
+        raise OptionError(f"budget={budget!r} is not a dict of limits. Pass one such as {{'macs': 0.5}}.")
+    for key, value in budget.items():
+        if key not in KEYS:
+            missing = "there is no budget of latency yet" if key == "latency" else "the key is unknown"
+            raise OptionError(f"budget={{{key!r}: {value!r}}}: {missing}. Use one or more of {', '.join(KEYS)}.")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+            raise OptionError(f"budget={{{key!r}: {value!r}}} is no finite number above 0, such as 0.5 for half.")
+        if value > 1 and value != int(value):
+            raise OptionError(
+                f"budget={{{key!r}: {value!r}}} is neither a fraction of the original, up to 1, nor a whole number of "
+                f"{key}. Pass 0.5 for half."
+            )
+    for name, other in (("keep", keep), ("ratio", ratio)):
+        if other is not None:
+            raise OptionError(
+                f"budget={dict(budget)!r} and {name}={other!r} are both given, and each chooses the ratios. Pass one."
+            )
+    if not chunks:
+        raise OptionError(f"budget={dict(budget)!r} needs calibration inputs. Pass calibration=images (a few hundred).")
+
+
+def within_budget(options: Sequence[Sequence[Decision]], budget: Budget, facts: Trace) -> Met:
+    """Choose for every site whether it stays or which ratio it gets, so that the sum of the losses is least.
+
+    Args:
+        options: From [measured][ghostify.planning.keeping.measured].
+        budget: As [plan][ghostify.plan] takes it, checked.
+        facts: The original with its facts.
+
+    Raises:
+        NothingToConvertError: The original meets the budget.
+        BudgetError: No choice meets it.
+    """
+    totals = original_costs(facts)
+    limits = {key: _absolute(value, totals[key]) for key, value in budget.items()}
+    if all(limits[key] >= totals[key] for key in limits):
+        has = ", ".join(f"{key}={totals[key]:,}" for key in limits)
+        raise NothingToConvertError(f"budget={dict(budget)!r} asks for nothing: the original has {has}. Ask for less.")
+    menu = [_offers(some) for some in options]
+    changes = _changes(menu, facts)
+    found = least_damage(
+        [[_damage(offer) for offer in offers] for offers in menu],
+        [[[change[key] for key in limits] for change in some] for some in changes],
+        [limits[key] - totals[key] for key in limits],
+    )
+    if found is None:
+        raise BudgetError(_out_of_reach(budget, limits, smallest(options, facts), totals))
+    chosen, gap = found
+    decisions = [offers[index] for offers, index in zip(menu, chosen, strict=True)]
+    damage = sum(map(_damage, decisions))
+    left = {key: totals[key] + sum(some[i][key] for some, i in zip(changes, chosen, strict=True)) for key in KEYS}
+    notes = [
+        f"{key} {left[key]:,} of at most {limits[key]:,}, {_percent(left[key], totals[key])} of the original"
+        for key in limits
+    ]
+    sites = sum(len(offers) > 1 for offers in menu)
+    notes.append(
+        f"damage {damage:.4f}: what {sites} sites lose of their variance, each measured alone, in sum; {_optimal(gap)}"
+    )
+    return Met(decisions, damage, {key: left[key] / totals[key] for key in KEYS}, tuple(notes))
+
+
+def original_costs(facts: Trace) -> dict[str, int]:
+    """Multiply-accumulates, parameters, and bytes of the parameters (without buffers) of the whole original."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in facts.model.parameters())
+    return dict(zip(KEYS, (facts.count.macs, facts.params, size), strict=True))
+
+
+def smallest(options: Sequence[Sequence[Decision]], facts: Trace) -> dict[str, int]:
+    """The least that can be left of every cost, each looked at alone."""
+    changes = _changes([_offers(some) for some in options], facts)
+    totals = original_costs(facts)
+    return {key: totals[key] + sum(min(change[key] for change in some) for some in changes) for key in KEYS}
+
+
+def least_damage(
+    damages: Sequence[Sequence[float]], changes: Sequence[Sequence[Sequence[int]]], limits: Sequence[int]
+) -> tuple[list[int], float] | None:
+    """Choose one offer for each site: a multiple-choice knapsack, solved by HiGHS (``scipy.optimize.milp``).
+
+    The solver's limits hold up to a tolerance; they are checked again in whole numbers, and a choice that
+    exceeds one is ruled out.
+
+    Args:
+        damages: What every offer of every site damages.
+        changes: What it adds to every cost.
+        limits: The most that may be added in sum; none for a choice without limits.
+
+    Returns:
+        The number of each site's offer, and by how much the sum of damages may be above the least; ``None`` if nothing
+        keeps to the limits.
+
+    Raises:
+        BudgetError: The solver gave up.
+    """
+    sizes = [len(some) for some in damages]
+    starts = np.cumsum([0, *sizes])
+    cost = np.array([change for some in changes for change in some], dtype=object).reshape(-1, len(limits))
+    one_each = np.repeat(np.eye(len(sizes)), sizes, axis=1)
+    scale = np.maximum(1, np.abs(cost).max(0)).astype(float) / 1_000  # its tolerance is absolute, 1e-6
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint((cost / scale).astype(float).T, -np.inf, np.array(limits, dtype=float) / scale),
+    ]
+    while True:
+        found = milp(
+            np.concatenate([np.asarray(some, dtype=float) for some in damages]),
+            integrality=np.ones(starts[-1]),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "node_limit": _NODES},
+        )
+        if found.status == _INFEASIBLE:
+            return None
+        if found.x is None:
+            raise BudgetError(f"The solver found no choice of ratios: {found.message} Ask for less or more.")
+        chosen = [int(found.x[start:end].argmax()) for start, end in pairwise(starts.tolist())]
+        columns = starts[:-1] + chosen
+        if all(sum(cost[columns, k]) <= limit for k, limit in enumerate(limits)):
+            return chosen, max(0.0, float(found.fun - found.mip_dual_bound))
+        constraints.append(LinearConstraint(np.isin(np.arange(starts[-1]), columns)[None], 0, len(sizes) - 1))
+
+
+def _offers(some: Sequence[Decision]) -> list[Decision]:
+    """What may happen to a site: it stays, or gets a ratio; only one thing where the site is not open."""
+    return list(some) if some[0].explained is None else [kept(some), *some]
+
+
+def _damage(offer: Decision) -> float:
+    return 0.0 if offer.explained is None else 1 - offer.explained
+
+
+def _changes(menu: Sequence[Sequence[Decision]], facts: Trace) -> list[list[dict[str, int]]]:
+    """What every offer adds to every cost of the model (it is negative)."""
+    return [[_change(offer, facts.model) for offer in offers] for offers in menu]
+
+
+def _change(offer: Decision, model: nn.Module) -> dict[str, int]:
+    params = offer.params_after - offer.params_before
+    weight = model.get_submodule(offer.site.name).weight if params else None  # a Ghost unit is of its dtype
+    size = params * weight.element_size() if isinstance(weight, Tensor) else 0
+    return dict(zip(KEYS, (offer.macs_after - offer.macs_before, params, size), strict=True))
+
+
+def _absolute(value: float, total: int) -> int:
+    """A limit as a whole number; 0.29 of 100 are 29, though 0.29 * 100 is less in floating point."""
+    return math.floor(Fraction(str(float(value))) * total) if value <= 1 else int(value)
+
+
+def _percent(part: int, total: int) -> str:
+    return f"{100 * part / total:.2f} %"
+
+
+def _optimal(gap: float) -> str:
+    return "no choice has less" if gap <= 1e-6 else f"another choice may have up to {gap:.1g} less"
+
+
+def _out_of_reach(budget: Budget, limits: dict[str, int], least: dict[str, int], totals: dict[str, int]) -> str:
+    """Why nothing meets a budget. Fractions are rounded up, so that asking for them succeeds."""
+    reach = ", ".join(
+        f"{key}={math.ceil(Fraction(least[key], totals[key]) * 10_000) / 10_000} ({least[key]:,} of {totals[key]:,})"
+        for key in limits
+    )
+    each = "" if any(limits[key] < least[key] for key in limits) else "each of them can be met, but not together; "
+    alone = " (each alone)" if len(limits) > 1 else ""
+    return (
+        f"budget={dict(budget)!r} cannot be met with the ratios up to 4 and the layers that may change: {each}the "
+        f"smallest that can be reached{alone} is {reach}. Ask for no less, skip fewer layers, or give single layers a "
+        "higher ratio: overrides={'PATTERN': 8}."
+    )

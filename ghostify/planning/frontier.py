@@ -1,0 +1,151 @@
+"""The whole curve: what every budget would cost, from one measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+from torch import nn
+
+from ghostify.errors import NothingToConvertError, OptionError
+from ghostify.planning.budget import KEYS, check_budget_options, original_costs, smallest, within_budget
+from ghostify.planning.planner import (  # fmt: skip
+    Override,
+    check_patterns,
+    chosen_spec,
+    made_plan,
+    measured_options,
+    override_specs,
+    skip_patterns,
+)
+from ghostify.spec import GhostSpec, Plan
+from ghostify.tracing import ExampleInputs, trace
+from ghostify.tracing.calibration import Calibration, calibration_chunks
+
+
+class FrontierPoint(NamedTuple):
+    """A plan of the curve.
+
+    Attributes:
+        fraction: What is left of the cost, as a fraction of the original.
+        damage: Sum over the sites of the share of variance that each loses, measured alone.
+        plan: For [apply][ghostify.apply].
+    """
+
+    fraction: float
+    damage: float
+    plan: Plan
+
+
+@dataclass(frozen=True, repr=False)
+class Frontier:
+    """Plans that lose least for what they cost, the cheapest first; print it.
+
+    Attributes:
+        key: The cost: ``macs``, ``params`` or ``size_bytes``.
+        points: The plans, each with what is left of the cost and what it damages.
+    """
+
+    key: str
+    points: tuple[FrontierPoint, ...]
+
+    def __iter__(self) -> Iterator[FrontierPoint]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __repr__(self) -> str:
+        rows = [
+            [
+                f"{100 * fraction:.1f} %",
+                f"{damage:.4f}",
+                len(plan.replaced),
+                f"{plan.macs_after:,}",
+                f"{plan.params_after:,}",
+            ]
+            for fraction, damage, plan in self.points
+        ]
+        headers = [f"{self.key} left", "damage", "Ghost units", "MACs", "params"]
+        return tabulate(rows, headers=headers, disable_numparse=True, colalign=["right"] * 5)
+
+
+def frontier(
+    model: nn.Module,
+    *,
+    key: str = "macs",
+    points: int | Sequence[float] = 10,
+    calibration: Calibration,
+    example_inputs: ExampleInputs | None = None,
+    spec: GhostSpec | None = None,
+    skip: str | Sequence[str] = (),
+    overrides: Mapping[str, Override] | None = None,
+) -> Frontier:
+    """The plans for a whole range of budgets; what each ratio damages is measured once.
+
+    Damages are estimates that look at each layer alone; see [plan][ghostify.plan], also for the other arguments.
+
+    Args:
+        model: The trained network.
+        key: What is limited: ``macs``, ``params`` or ``size_bytes``.
+        points: Budgets as fractions of the original; or how many, evenly spread from the smallest that can be reached.
+        calibration: A few hundred inputs.
+        example_inputs: One batch; by default a calibration batch.
+        spec: Options of the Ghost units except the ratio.
+        skip: Names of sites to keep, or patterns.
+        overrides: By name or pattern, for single sites: a ratio, a spec or ``None``.
+
+    Returns:
+        The curve; budgets with the same plan are one point.
+
+    Raises:
+        OptionError: An option cannot be used.
+        NothingToConvertError: There is no choice of ratios, or a budget asks for nothing.
+        BudgetError: One of the budgets cannot be met.
+
+    Example:
+        >>> import torch
+        >>> from ghostify.nn.cifar import resnet20
+        >>> curve = frontier(resnet20(), points=[0.5, 0.8], calibration=torch.randn(32, 3, 16, 16))
+        >>> [point.plan.macs_after <= limit * point.plan.macs for point, limit in zip(curve, (0.5, 0.8))]
+        [True, True]
+    """
+    if key not in KEYS:
+        raise OptionError(f"key={key!r} is unknown. Use one of {', '.join(KEYS)}.")
+    chunks = calibration_chunks(calibration, model)
+    _check_points(points)
+    for fraction in [0.5] if isinstance(points, int) else points:
+        check_budget_options({key: fraction}, None, None, chunks)
+    default, patterns = chosen_spec(None, spec), skip_patterns(skip)
+    chosen = override_specs(overrides, default)
+    facts = trace(model, chunks[0] if example_inputs is None else example_inputs)
+    check_patterns(facts, patterns, chosen)
+    options = measured_options(facts, default, patterns, chosen, chunks)
+    if isinstance(points, int):
+        total, least = original_costs(facts)[key], smallest(options, facts)[key]
+        if least == total:
+            raise NothingToConvertError(f"No convolution of {type(model).__name__} can change: the plan says why.")
+        budgets: list[float] = [int(limit) for limit in np.linspace(least, total, int(points), endpoint=False)]
+    else:
+        budgets = sorted(points)
+    found: dict[tuple[object, ...], FrontierPoint] = {}
+    for budget in budgets:
+        met = within_budget(options, {key: budget}, facts)
+        made = made_plan(facts, met.decisions, share=False, budget=met.notes)
+        found.setdefault(made.decisions, FrontierPoint(met.left[key], met.damage, made))
+    return Frontier(key, tuple(found.values()))
+
+
+def _check_points(points: int | Sequence[float]) -> None:
+    """Raise OptionError unless they are a number of points, or some."""
+    if isinstance(points, int):
+        usable = not isinstance(points, bool) and points >= 1
+    else:
+        usable = isinstance(points, Sequence) and not isinstance(points, str) and len(points) > 0
+    if not usable:
+        raise OptionError(
+            f"points={points!r} is neither a number of points nor a list of fractions such as [0.5, 0.8]."
+        )
