@@ -80,7 +80,7 @@ Initialiser = Callable[[Conversion], None]
 # A norm's squared scale below this share of the mean counts as nearly muting its channel.
 _MUTED = 0.01
 # Images on which the error of a fit is measured, and those on which units that share an order choose it.
-_ERROR_IMAGES, _SHARED_IMAGES = 64, 64
+_ERROR_IMAGES, _SHARED_IMAGES = 32, 64
 
 
 def random(conversion: Conversion) -> None:

@@ -28,8 +28,9 @@ _TEMPERATURE = 4.0
 _DIAGONAL_SHARE = 0.1
 # How much a channel counts at least, as a share of the mean, though the output hardly depends on it.
 _LEAST_WEIGHT = 1e-3
-# Examples on which it is estimated, and bytes for the activations that one backward pass goes through.
-_IMAGES = 256
+# Examples on which it is estimated: fewer where their maps hold more numbers than so many, but some.
+_IMAGES, _NUMBERS, _FEWEST_IMAGES = 256, 1_000_000_000, 64
+# Bytes for the activations that one backward pass goes through.
 _MEMORY = 2**29
 # Numbers that a backward pass keeps for every one that a convolution makes: its own, a norm's, an activation's.
 _KEPT = 3
@@ -64,8 +65,9 @@ def channel_metrics(
     try:
         with unmarked(model), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for a model that draws random numbers
-            numbers = _KEPT * sum(math.prod(call.output_shape) * call.rows for made in plan for call in made.site.calls)
-            for example in _small(chunks, _IMAGES, most=max(1, int(_MEMORY / (4 * numbers)))):
+            numbers = sum(math.prod(call.output_shape) * call.rows for made in plan for call in made.site.calls)
+            images = min(_IMAGES, max(_FEWEST_IMAGES, _NUMBERS // max(1, numbers)))
+            for example in _small(chunks, images, most=max(1, int(_MEMORY / (4 * _KEPT * numbers)))):
                 outputs.clear()
                 made = model(*example.args, **example.kwargs)
                 loss = _drawn(made, generator)

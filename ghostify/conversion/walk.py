@@ -28,7 +28,7 @@ from ghostify.tracing.execution import last_uses, run_node
 from ghostify.tracing.graph import changes_its_input
 
 # Bytes for activations.
-MEMORY = 2 * 2**30
+MEMORY = 2**30
 
 Values = dict[fx.Node, list[tuple[Any, Any]]]
 """What lives: chunk by chunk, the teacher's value and the student's."""
