@@ -66,7 +66,7 @@ def channel_metrics(
         with unmarked(model), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for a model that draws random numbers
             numbers = sum(math.prod(call.output_shape) * call.rows for made in plan for call in made.site.calls)
-            images = min(_IMAGES, max(_FEWEST_IMAGES, _NUMBERS // max(1, numbers)))
+            images = min(_IMAGES, max(_FEWEST_IMAGES, int(_NUMBERS / max(1, numbers))))
             for example in _small(chunks, images, most=max(1, int(_MEMORY / (4 * _KEPT * numbers)))):
                 outputs.clear()
                 made = model(*example.args, **example.kwargs)

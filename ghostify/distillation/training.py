@@ -124,9 +124,9 @@ def distill(
         return config.loss_function(scores, wanted, config.temperature)
 
     def scored(model: nn.Module) -> Scores | None:
+        processes.agree(model)
         if val is None:
             return None
-        processes.agree(model)
         return validate(model, teacher=teacher, val=val, reader=reader, loss=soft_loss, processes=processes)
 
     def store(*, is_best: bool) -> None:
@@ -276,7 +276,7 @@ def distill(
                 if processes.is_main:
                     log.info(epoch_line(record, epochs, scores))
                 if waited and epoch < epochs:
-                    log.info("no epoch was better on val than epoch %d, %d ago: stopping", progress.best_epoch, epoch)
+                    log.info("no epoch was better on val than epoch %d: stopping after %d", progress.best_epoch, epoch)
                 if stop and not progress.finished and processes.count == 1:
                     raise stop.error()
         except NonFiniteLossError:  # with the settings that led there, nobody wants to go on
