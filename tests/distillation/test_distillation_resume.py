@@ -163,19 +163,34 @@ def test_it_runs_in_a_thread_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "best.safetensors").exists()
 
 
-def killed_run(out: Path) -> None:
+def killed_run(out: Path, begun) -> None:
     torch.set_num_threads(1)
+    begun.set()
     run(out, resume=True)
 
 
-def test_killed_ten_times_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums are rounded otherwise by more threads, and the children have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_killed_ten_times_at_any_moment_it_ends_the_same(tmp_path: Path, one_thread: None) -> None:
+    # A server that has imported everything and used no thread yet: its forks are quick and sound.
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["ghostify", "torch._dynamo"])  # optimisers import the latter
     whole = run(tmp_path / "whole")
     chance, out = random.Random(0), tmp_path / "run"
     kills = 0
     while kills < 10:
-        child = multiprocessing.get_context("fork").Process(target=killed_run, args=(out,))
+        begun = fresh.Event()
+        child = fresh.Process(target=killed_run, args=(out, begun))
         child.start()
-        time.sleep(chance.uniform(0.02, 0.3))
+        assert begun.wait(60)
+        time.sleep(chance.uniform(0.01, 0.12))
         alive = child.is_alive()
         child.kill()
         child.join()
