@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.nn.ghost import GhostConv
-from ghostify.nn.layout import intrinsic_positions
 from ghostify.planning.choice import Choice, choose_layout
 from ghostify.planning.explained import channel_weight, explained_share, kept_share, rows_for
 from ghostify.planning.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
@@ -77,7 +76,7 @@ def fit_unit(
         solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
         _shift_mean(norm, targets, (unit(x) for x in inputs))
         return found
-    rows = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)].to(targets[0].device)
+    rows = layout[: unit.intrinsic_channels].to(targets[0].device)
     _shift_mean(unit.primary_norm, [y[:, rows] for y in targets], (unit.primary_conv(x) for x in inputs))
     if unit.spec.fusion == "concat":
         solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
@@ -139,7 +138,7 @@ def _solve_primary(
     rows_wanted = max(
         _PRIMARY_ROWS + _PRIMARY_ROWS_PER_UNKNOWN * min(unknowns, _MANY_UNKNOWNS), _ROWS_PER_MANY_UNKNOWNS * unknowns
     )
-    channels = unit.layout()[intrinsic_positions(unit.spec, unit.out_channels, groups)].to(inputs[0].device)
+    channels = unit.layout()[: unit.intrinsic_channels].to(inputs[0].device)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for x, target in zip(inputs, targets, strict=True):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.nn.ghost import GhostConv
-from ghostify.nn.layout import intrinsic_positions
 from ghostify.nn.selection import filters_of
 from ghostify.planning.statistics import ridge_solve
 
@@ -53,7 +52,7 @@ def solve_kernels(unit: GhostConv, conv: _ConvNd, norm: nn.Module | None, layout
         return
     m, fusion, side = unit.intrinsic_channels, unit.spec.fusion, unit.spec.dw_size
     positions = layout[m:] if fusion == "concat" else layout
-    primary = layout[intrinsic_positions(unit.spec, unit.out_channels, unit.groups)]
+    primary = layout[:m]
     parents = primary[unit.parents()]
     filters = filters_of(conv).float()
     if fusion == "mul":

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ghostify.nn.cheap import CONVOLUTIONS, CheapOperation
-from ghostify.nn.layout import intrinsic_positions, natural_layout, position_parents
+from ghostify.nn.layout import natural_layout, position_parents
 from ghostify.nn.selection import select_channels
 from ghostify.spec import GhostSpec
 
@@ -100,7 +100,7 @@ class GhostConv(nn.Module):
         unit = kind.__new__(kind)
         nn.Module.__init__(unit)
         layout = natural_layout(spec, conv.out_channels, conv.groups) if layout is None else layout
-        rows = layout[intrinsic_positions(spec, conv.out_channels, conv.groups)]
+        rows = layout[: spec.intrinsic_channels(conv.out_channels, conv.groups)]
         unit._assemble(select_channels(conv, rows), conv.out_channels, spec)
         if spec.placement == "paper":
             if norm is not None:
@@ -118,8 +118,7 @@ class GhostConv(nn.Module):
             layout: The original channel at every position of the unit's own layout, ``(n,)``.
             norm: The original norm where this unit holds norms.
         """
-        rows = layout[intrinsic_positions(self.spec, self.out_channels, self.groups)]
-        self.primary_conv = select_channels(conv, rows)
+        self.primary_conv = select_channels(conv, layout[: self.intrinsic_channels])
         if self.primary_norm is not None and norm is not None:
             self._add_norms(norm, layout)
         self.set_order(layout)
@@ -131,24 +130,21 @@ class GhostConv(nn.Module):
         self.dilation, self.groups, self.padding_mode = primary.dilation, primary.groups, primary.padding_mode
         self.primary_conv = primary
         m = primary.out_channels
-        copies, extra = divmod(out_channels, m)
-        if spec.fusion == "concat":
-            copies -= 1
+        maps = out_channels - m if spec.fusion == "concat" else out_channels
         weight = next(primary.parameters())
         # A gate needs a constant to start as the identity; elsewhere the original decides.
         bias = spec.fusion == "mul" or primary.bias is not None
         self.cheap_operation = (
             CheapOperation(
                 m,
-                copies,
-                extra,
+                maps,
                 dims=self.dims,
                 dw_size=spec.dw_size,
                 bias=bias,
                 device=weight.device,
                 dtype=weight.dtype,
             ).requires_grad_(weight.requires_grad)
-            if copies or extra
+            if maps
             else None
         )
         self.primary_norm = self.cheap_norm = self.activation = None
@@ -159,8 +155,7 @@ class GhostConv(nn.Module):
             self.cheap_operation.assign(torch.zeros_like(kernels), kernels.new_ones(len(kernels)))
 
     def _add_norms(self, norm: nn.Module, layout: Tensor) -> None:
-        n = self.out_channels
-        self.primary_norm = select_channels(norm, layout[intrinsic_positions(self.spec, n, self.groups)])
+        self.primary_norm = select_channels(norm, layout[: self.intrinsic_channels])
         if self.cheap_operation is not None:
             cheap = layout[self.intrinsic_channels :] if self.spec.fusion == "concat" else layout
             self.cheap_norm = select_channels(norm, cheap)
@@ -233,25 +228,29 @@ class GhostConv(nn.Module):
         """
         return primary if self.activation is None else self.activation(primary)
 
-    def cheap(self, primary: Tensor) -> Tensor:
-        """The depthwise maps of primary maps ``(b, m, …)``."""
+    def cheap(self, primary: Tensor) -> list[Tensor]:
+        """The depthwise maps of primary maps ``(b, m, …)``, in as many parts as they are made in."""
         assert self.cheap_operation is not None  # callers ask only where there is one
-        maps: Tensor = self.cheap_operation(self.cheap_input(primary))
-        return maps if self.cheap_norm is None else self.cheap_norm(maps)
+        parts = self.cheap_operation.parts(self.cheap_input(primary))
+        return parts if self.cheap_norm is None else [self.cheap_norm(self._joined(parts))]
 
-    def fuse(self, primary: Tensor, cheap: Tensor) -> Tensor:
+    def fuse(self, primary: Tensor, cheap: list[Tensor]) -> Tensor:
         """Both branches as ``(b, n, …)`` in the unit's own layout."""
         if self.spec.fusion == "concat":
-            return torch.cat([primary, cheap], dim=self.channel_dim)
-        repeated = self._repeat(primary)
-        return repeated + cheap if self.spec.fusion == "add" else repeated * cheap
+            return self._joined([primary, *cheap])
+        repeated, maps = self._repeat(primary), self._joined(cheap)
+        return repeated + maps if self.spec.fusion == "add" else repeated * maps
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.channel_dim)
 
     def _repeat(self, primary: Tensor) -> Tensor:
         """Every primary map once for each output that stands on it, ``(b, n, …)``."""
         copies, extra = divmod(self.out_channels, self.intrinsic_channels)
-        maps = primary.repeat_interleave(copies, dim=self.channel_dim) if copies > 1 else primary
-        first = primary.narrow(self.channel_dim, 0, extra)
-        return torch.cat([maps, first], dim=self.channel_dim) if extra else maps
+        maps = [primary] * copies
+        if extra:
+            maps.append(primary.narrow(self.channel_dim, 0, extra))
+        return self._joined(maps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A stored state of this unit has an order or has none, whatever the unit has now.

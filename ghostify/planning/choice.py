@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ghostify.nn.layout import compose_layout
 from ghostify.spec import GhostSpec
 
 Matrix = NDArray[np.float32]
@@ -54,7 +53,7 @@ def choose_layout(explained: Tensor, spec: GhostSpec, groups: int = 1) -> Tensor
     intrinsic = _greedy(gain, n - m, room=-(-(n - m) // m), groups=groups)
     ghosts = np.setdiff1d(np.arange(n), intrinsic)
     intrinsic, ghosts = _assign(gain, intrinsic, ghosts, movable=groups == 1)
-    return compose_layout(spec, torch.from_numpy(intrinsic), torch.from_numpy(ghosts), groups)
+    return torch.from_numpy(np.concatenate([intrinsic, ghosts]))
 
 
 def _greedy(gain: Matrix, count: int, room: int, groups: int) -> Indices:
@@ -111,6 +110,6 @@ def _assign(gain: Matrix, intrinsic: Indices, ghosts: Indices, *, movable: bool)
     ghost_of_slot = dict(zip(columns.tolist(), ghosts[rows].tolist()))
     with_extra = [slot - m * q for slot in range(m * q, len(slots)) if slot in ghost_of_slot]
     order = [*with_extra, *(i for i in range(m) if i not in set(with_extra))]
-    regular = [ghost_of_slot[i * q + copy] for i in order for copy in range(q)]
+    regular = [ghost_of_slot[i * q + copy] for copy in range(q) for i in order]
     last = [ghost_of_slot[m * q + i] for i in with_extra]
     return intrinsic[order], np.array([*regular, *last], dtype=np.int64)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostify.nn.layout import intrinsic_positions, position_parents
+from ghostify.nn.layout import position_parents
 from ghostify.planning.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
 from ghostify.spec import GhostSpec, Site
 from ghostify.tracing import Example, Trace, unmarked
@@ -47,8 +47,7 @@ def kept_share(explained: Tensor, layout: Tensor, spec: GhostSpec, groups: int =
         spec: The unit's options.
         groups: Of the convolution.
     """
-    positions = intrinsic_positions(spec, len(layout), groups)
-    parents = layout[positions][position_parents(spec, len(layout), groups)].to(explained.device)
+    parents = layout[position_parents(spec, len(layout), groups)].to(explained.device)
     total = float(explained.diagonal().sum())
     return float(explained[parents, layout.to(explained.device)].sum()) / total if total > 0 else 1.0
 
