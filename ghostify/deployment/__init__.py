@@ -1,7 +1,8 @@
-"""Storing a converted model, and exporting it in a form that is checked."""
+"""Folding for inference, storing and loading converted models, and writing them as verified ONNX files."""
 
 from ghostify.deployment.artefact import load, save
+from ghostify.deployment.folding import fold
 from ghostify.deployment.onnx_export import export_onnx
 from ghostify.deployment.parity import BatchCheck, ExportCheck
 
-__all__ = ["BatchCheck", "ExportCheck", "export_onnx", "load", "save"]
+__all__ = ["BatchCheck", "ExportCheck", "export_onnx", "fold", "load", "save"]
