@@ -13,7 +13,7 @@ import ghostify
 
 PACKAGE = Path(ghostify.__file__).parent
 BASE = ["errors", "documents", "spec", "extras", "files", "states"]
-STAGES = ["nn", "tracing", "planning", "conversion", "distillation", "reporting", "deployment"]
+STAGES = ["nn", "tracing", "backends", "planning", "conversion", "distillation", "reporting", "deployment"]
 HEAVY = [
     "matplotlib",
     "jinja2",

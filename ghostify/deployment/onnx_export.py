@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import os
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
+from ghostify.backends.onnx_program import onnx_program
 from ghostify.deployment.manifest import ghostify_version
-from ghostify.deployment.parity import ExportCheck, compare_in_onnxruntime, has_batch, named_outputs, with_batch
+from ghostify.deployment.parity import ExportCheck, compare_in_onnxruntime
 from ghostify.errors import ExportError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
 from ghostify.spec import Plan
-from ghostify.tracing.example import Example, ExampleInputs, evaluating, require_module
+from ghostify.tracing.example import Example, ExampleInputs, require_module
 
 # A protocol buffer cannot be larger, and the weights are kept inside the one file.
 _MAX_BYTES = 2**31 - 1
-_NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
 
 
 def export_onnx(
@@ -78,7 +74,7 @@ def export_onnx(
     # In the order of the signature: the exporter mixes up arguments that are given by name in another one.
     bound = inspect.signature(plain.forward).bind(*example.args, **example.kwargs)
     example = Example(bound.args, bound.kwargs)
-    proto = _to_proto(plain, example, opset, type(model).__name__)
+    proto = onnx_program(plain, example, opset=opset, name=type(model).__name__)
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
         raise ExportError(
@@ -131,42 +127,6 @@ def _is_float32_cpu(model: nn.Module) -> bool:
     return all(t.device.type == "cpu" and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors)
 
 
-def _to_proto(plain: nn.Module, example: Example, opset: int | None, name: str) -> Any:
-    # torch.export takes a dimension of 1 for a constant.
-    batch = max(example.batch, 2)
-    traced = with_batch(example, batch)
-    dimension = torch.export.Dim("batch")
-
-    def dynamic(leaf: Any) -> dict[int, Any] | None:
-        return {0: dimension} if has_batch(leaf, batch) else None
-
-    by_parameter = inspect.signature(plain.forward).bind(*traced.args, **traced.kwargs).arguments
-    try:
-        with evaluating(plain), torch.no_grad(), torch.random.fork_rng(devices=[]), _quiet():
-            outputs = named_outputs(plain(*traced.args, **traced.kwargs))
-            program = torch.onnx.export(
-                plain,
-                traced.args,
-                kwargs=traced.kwargs,
-                dynamo=True,
-                dynamic_shapes=tree_map(dynamic, dict(by_parameter)),
-                output_names=list(outputs),
-                opset_version=opset,
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter's errors have no common class that is public
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        first = next((line.strip() for line in str(cause).splitlines() if line.strip()), repr(cause))
-        raise ExportError(
-            f"{name} cannot be exported with a dynamic batch (opset={opset or 'default'}): {type(cause).__name__}: "
-            f"{first} Usually its forward depends on values or on one batch size; the cause above says where."
-        ) from error
-    return program.model_proto  # type: ignore[union-attr]  # None only from the exporter of old
-
-
 def _describe(proto: Any, model: nn.Module) -> None:
     """Say who wrote the file; drop the exporter's notes, which hold paths and source lines of this machine."""
     graphs = [proto.graph, *proto.functions]
@@ -190,19 +150,3 @@ def _check_file(onnx: Any, file: Path) -> None:
         onnx.checker.check_model(file, full_check=True)  # with shape inference
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"The exporter wrote invalid ONNX: {error}. Try another opset.") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and progress notes from the user; its errors still come as exceptions."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
-from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch import nn
 
+from ghostify.backends.onnx_program import named_outputs, with_batch
 from ghostify.errors import ExportError, TraceError
 from ghostify.tracing.example import Example
 
@@ -76,17 +75,6 @@ class ExportCheck:
     def __str__(self) -> str:
         ops = ", ".join(f"{name} {count}" for name, count in self.ops.items())
         return f"{self.path} ({self.bytes:,} bytes, opset {self.opset})\n{self.table()}\noperators: {ops}"
-
-
-def named_outputs(outputs: Any) -> dict[str, Tensor]:
-    """Every tensor of an output by its place in it: ``output``, ``output_1``, or the keys of a dict."""
-    leaves, _ = tree_flatten_with_path(outputs)
-    root = [] if isinstance(outputs, Mapping) else ["output"]
-    return {
-        "_".join([*root, *re.findall(r"\w+", keystr(place))]): leaf
-        for place, leaf in leaves
-        if isinstance(leaf, Tensor)
-    }
 
 
 def compare_in_onnxruntime(
@@ -164,22 +152,3 @@ def _table(batches: Sequence[BatchCheck], style: str) -> str:
     ]
     headers = ["inputs", "batch", "max abs error", "max rel error", "same top-1"]
     return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
-
-
-def with_batch(example: Example, batch: int, generator: torch.Generator | None = None) -> Example:
-    """The example with another batch size: repeated, or (given a generator) with random floating-point values."""
-    own = example.batch
-
-    def resize(leaf: Any) -> Any:
-        if not has_batch(leaf, own):
-            return leaf
-        if generator is not None and leaf.is_floating_point():
-            return torch.randn((batch, *leaf.shape[1:]), generator=generator, dtype=leaf.dtype)
-        return leaf[torch.arange(batch) % own]  # integers may be indices, so no random ones
-
-    return Example(tree_map(resize, example.args), tree_map(resize, example.kwargs))
-
-
-def has_batch(leaf: Any, batch: int) -> bool:
-    """Whether an argument is a tensor whose first dimension is the batch."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
