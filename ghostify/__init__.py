@@ -16,6 +16,7 @@ The verbs:
 * [distill][ghostify.distill]: train the converted model to answer like the original.
 * [compare][ghostify.compare]: parameters, MACs, latency and accuracy of both, as a `Report`.
 * [save][ghostify.save], [load][ghostify.load]: an artefact of JSON and safetensors, no pickle.
+* [fold][ghostify.fold]: the model as it is deployed, norms and Ghost units folded.
 * [export_onnx][ghostify.export_onnx]: an ONNX file that is checked before it appears.
 * [load_data][ghostify.load_data], [load_model][ghostify.load_model]: data sets and models by name.
 
@@ -24,7 +25,7 @@ The types: `GhostSpec` (options of one unit), `GhostConv2d` (the unit), `Plan`, 
 """
 
 from ghostify.conversion import apply, convert
-from ghostify.deployment import ExportCheck, export_onnx, load, save
+from ghostify.deployment import ExportCheck, export_onnx, fold, load, save
 from ghostify.distillation import DistillConfig, Run, distill, load_data
 from ghostify.errors import GhostifyError
 from ghostify.nn import GhostConv2d
@@ -50,6 +51,7 @@ __all__ = [
     "convert",
     "distill",
     "export_onnx",
+    "fold",
     "load",
     "load_data",
     "load_model",

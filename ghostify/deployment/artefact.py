@@ -25,6 +25,7 @@ from ghostify.deployment.manifest import (
 )
 from ghostify.errors import ArtefactError, GhostifyError, OutputError
 from ghostify.files import atomic_folder
+from ghostify.nn.folded import FoldedGhost
 from ghostify.nn.ghost import ORDERS, GhostConv
 from ghostify.spec import Plan
 from ghostify.states import versioned
@@ -139,6 +140,8 @@ def model_plan(model: nn.Module) -> Plan:
 
 def _check_unchanged(model: nn.Module, plan: Plan) -> None:
     """What `load` makes of a base model and the plan must be this model, or it could never be read again."""
+    if any(isinstance(module, FoldedGhost) for module in model.modules()):
+        raise ArtefactError(f"{_class(model)} is folded for inference: save the model that fold(…) was given.")
     units = {name: module.spec for name, module in model.named_modules() if isinstance(module, GhostConv)}
     planned = {decision.site.name: decision.spec for decision in plan.replaced}
     wrong = [name for name in {**planned, **units} if planned.get(name) != units.get(name)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +17,7 @@ from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan, Site
 from ghostify.tracing import Example, ExampleInputs, copier_memo, difference, evaluating, trace
 from ghostify.tracing.example import require_module
+from ghostify.tracing.graph import Follower, follower_of
 from ghostify.tracing.sites import has_hooks
 
 # Of the largest output: sums in another order differ by rounding, and a deep network carries that on.
@@ -25,7 +26,7 @@ _COARSE = 0.1
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def fold(model: nn.Module, *, example_inputs: ExampleInputs) -> nn.Module:
+def fold(model: nn.Module, *, example_inputs: ExampleInputs | Example) -> nn.Module:
     """Copy a model for inference: the same outputs from fewer operations.
 
     A batch norm that alone reads a convolution goes into its weight. A Ghost unit, with the norm behind it,
@@ -52,17 +53,18 @@ def fold(model: nn.Module, *, example_inputs: ExampleInputs) -> nn.Module:
         >>> x = torch.randn(2, 3, 32, 32)
         >>> small = convert(resnet20(), ratio=2, example_inputs=x)
         >>> deployed = fold(small, example_inputs=x)
-        >>> sum(isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
-        0
+        >>> bool(torch.allclose(deployed(x), small.eval()(x), atol=1e-3))
+        True
     """
     require_module(model, "model")
     example = Example.of(example_inputs)
+    facts = trace(model, example, lift=False)
     plan = getattr(model, "ghostify_plan", None)
-    sites = tuple(decision.site for decision in plan) if isinstance(plan, Plan) else trace(model, example).sites
+    sites = tuple(decision.site for decision in plan) if isinstance(plan, Plan) else facts.sites
     before = example.run(model)
     with torch.inference_mode(False), evaluating(model):
         memo: dict[int, object] = {}
-        for old, new in _replacements(model, sites):
+        for old, new in _replacements(model, sites, facts.graph):
             memo[id(old)] = new
         deployed = copy.deepcopy(model, {**copier_memo(model), **memo}).eval()
     after = example.run(deployed)
@@ -76,7 +78,9 @@ def fold(model: nn.Module, *, example_inputs: ExampleInputs) -> nn.Module:
     return deployed
 
 
-def _replacements(model: nn.Module, sites: tuple[Site, ...]) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _replacements(
+    model: nn.Module, sites: tuple[Site, ...], graph: fx.Graph | None
+) -> Iterator[tuple[nn.Module, nn.Module]]:
     """What takes whose place."""
     modules = dict(model.named_modules())
     for site in sites:
@@ -85,16 +89,44 @@ def _replacements(model: nn.Module, sites: tuple[Site, ...]) -> Iterator[tuple[n
             continue
         norm = modules.get(site.chain.norm) if site.chain is not None and site.chain.norm else None
         rest = None if norm is None else _without_norm(norm, dims=len(site.kernel_size))
-        if rest is None:
-            norm = None
         if isinstance(module, GhostConv) and can_fold(module):
-            yield module, folded(module, norm)
-        elif norm is not None and type(module) in (*PLAIN, *_TRANSPOSED):
+            yield from _unit(module, norm, rest, _follower(site, graph, model), modules)
+        elif norm is not None and rest is not None and type(module) in (*PLAIN, *_TRANSPOSED):
             yield module, fuse_conv_bn_eval(module, norm, transpose=module.transposed)
-        else:
-            continue
-        if norm is not None and rest is not None:
             yield norm, rest
+
+
+def _unit(
+    unit: GhostConv,
+    norm: nn.Module | None,
+    rest: nn.Module | None,
+    follower: Follower,
+    modules: dict[str, nn.Module],
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """What takes the place of a unit, of the norm behind it, and of the activation behind that.
+
+    A norm stays where it is if what reads it is better run together with it: an addition, or an
+    activation that cannot go before the concatenation, because it is called elsewhere, too.
+    """
+    if norm is None or rest is None or (follower.fusable and isinstance(rest, nn.Identity)):
+        yield unit, folded(unit)
+        return
+    behind = modules[follower.activation] if follower.activation is not None else None
+    after = copy.deepcopy(behind)
+    if not isinstance(rest, nn.Identity):  # the norm holds an activation itself
+        after, behind = rest, None
+    for part in () if after is None else after.modules():
+        if hasattr(part, "inplace"):
+            setattr(part, "inplace", False)  # noqa: B010 - the primary map is read again
+    yield unit, folded(unit, norm, after)
+    yield norm, nn.Identity()
+    if behind is not None:
+        yield behind, nn.Identity()
+
+
+def _follower(site: Site, graph: fx.Graph | None, model: nn.Module) -> Follower:
+    known = graph is not None and site.chain is not None and site.chain.norm is not None
+    return follower_of(site.chain.norm, graph, model) if known else Follower()  # type: ignore[union-attr,arg-type]
 
 
 def _without_norm(norm: nn.Module, *, dims: int) -> nn.Module | None:

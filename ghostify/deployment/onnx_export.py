@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ghostify.backends.onnx_program import onnx_program
+from ghostify.deployment import folding
 from ghostify.deployment.manifest import ghostify_version
 from ghostify.deployment.parity import ExportCheck, compare_in_onnxruntime
 from ghostify.errors import ExportError, OptionError
@@ -34,6 +35,7 @@ def export_onnx(
     batch_sizes: Sequence[int] = (1, 2, 5),
     tolerance: float = 1e-3,
     opset: int | None = None,
+    fold: bool = True,
 ) -> ExportCheck:
     """Write a model as one ONNX file with a dynamic batch, checked against the model in onnxruntime.
 
@@ -51,11 +53,13 @@ def export_onnx(
         batch_sizes: Batches of random inputs to compare on, beside the example itself.
         tolerance: Largest difference allowed, as a share of the largest value of that output.
         opset: Version of the operator set; by default the exporter's.
+        fold: Export the [folded][ghostify.fold] form, which computes the same faster.
 
     Returns:
         Sizes, operators and errors.
 
     Raises:
+        ConversionError: The folded form gives other outputs.
         ExportError: The model cannot be exported, or the file computes something else; nothing is
             left under ``path`` then.
         InputsError: There are no usable example inputs.
@@ -74,7 +78,8 @@ def export_onnx(
     # In the order of the signature: the exporter mixes up arguments that are given by name in another one.
     bound = inspect.signature(plain.forward).bind(*example.args, **example.kwargs)
     example = Example(bound.args, bound.kwargs)
-    proto = onnx_program(plain, example, opset=opset, name=type(model).__name__)
+    exported = folding.fold(plain, example_inputs=example) if fold else plain
+    proto = onnx_program(exported, example, opset=opset, name=type(model).__name__)
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset is not None and written != opset:
         raise ExportError(

@@ -38,6 +38,7 @@ class FoldedGhost(nn.Module):
         intrinsic: What the norm does to the primary maps; empty where they come out as they are.
         cheap: For every copy and every part of the primary a depthwise convolution.
         activation: Through which the cheap operation reads (placement ``paper``).
+        after: The activation behind the unit and its norm, applied before the concatenation, so that it can be fused.
         channel_order: The index that puts the channels in order, if one is needed.
     """
 
@@ -52,6 +53,7 @@ class FoldedGhost(nn.Module):
         dims: int,
         shows_primary: bool,
         activation: nn.Module | None = None,
+        after: nn.Module | None = None,
         channel_order: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -59,6 +61,7 @@ class FoldedGhost(nn.Module):
         self.intrinsic = nn.ModuleList(intrinsic)
         self.cheap = nn.ModuleList(nn.ModuleList(copy) for copy in cheap)
         self.activation = activation
+        self.after = after
         self.shows_primary = shows_primary
         self.channel_dim = -(dims + 1)
         self.register_buffer("channel_order", channel_order)
@@ -74,6 +77,8 @@ class FoldedGhost(nn.Module):
         for maps_of_copy in self.cheap:
             # The last copy may be of the first part alone.
             parts += [conv(part) for conv, part in zip(cast(nn.ModuleList, maps_of_copy), read, strict=False)]
+        if self.after is not None:
+            parts = [self.after(part) for part in parts]
         joined = torch.cat(parts, dim=self.channel_dim) if len(parts) > 1 else parts[0]
         return joined if self.channel_order is None else joined.index_select(self.channel_dim, self.channel_order)
 
@@ -89,12 +94,13 @@ def can_fold(unit: GhostConv) -> bool:
 
 
 @torch.no_grad()
-def folded(unit: GhostConv, norm: nn.Module | None = None) -> FoldedGhost:
+def folded(unit: GhostConv, norm: nn.Module | None = None, after: nn.Module | None = None) -> FoldedGhost:
     """The same unit for inference, with the norm that alone reads it inside.
 
     Args:
         unit: With a folded form, see [can_fold][ghostify.nn.folded.can_fold]; left as it is.
-        norm: The batch norm behind a unit of placement ``linear``, if there is one.
+        norm: The batch norm behind a unit of placement ``linear``, if it is to be inside.
+        after: An activation behind it that is to be inside, too; it acts on every number alone, and not in place.
 
     Example:
         >>> from ghostify.nn import GhostConv2d
@@ -110,17 +116,17 @@ def folded(unit: GhostConv, norm: nn.Module | None = None) -> FoldedGhost:
         conv = fuse_conv_bn_eval(conv.eval(), cast(_BatchNorm, unit.primary_norm.eval()))
     m, n = unit.intrinsic_channels, unit.out_channels
     sizes = [n % m, m - n % m] if n % m else [m]
-    after = None if norm is None else tuple(numbers[_made_at(unit)] for numbers in affine(norm))
+    behind = None if norm is None else tuple(numbers[_made_at(unit)] for numbers in affine(norm))
     concat = unit.spec.fusion == "concat" or unit.cheap_operation is None
     intrinsic: list[_ConvNd] = []
-    if concat and after is not None:
-        scale, shift = (numbers[:m] for numbers in after)
+    if concat and behind is not None:
+        scale, shift = (numbers[:m] for numbers in behind)
         intrinsic = _depthwise(scale.view(-1, *(1,) * unit.dims), shift, sizes, like=conv.weight)
     cheap: list[list[_ConvNd]] = []
     if unit.cheap_operation is not None:
         kernels, bias = _cheap(unit)
-        if after is not None:
-            kernels, bias = _normed(kernels, bias, *(numbers[n - len(kernels) :] for numbers in after))
+        if behind is not None:
+            kernels, bias = _normed(kernels, bias, *(numbers[n - len(kernels) :] for numbers in behind))
         for start in range(0, len(kernels), m):
             part = slice(start, start + m)
             cheap.append(_depthwise(kernels[part], None if bias is None else bias[part], sizes, like=conv.weight))
@@ -131,6 +137,7 @@ def folded(unit: GhostConv, norm: nn.Module | None = None) -> FoldedGhost:
         dims=unit.dims,
         shows_primary=concat,
         activation=copy.deepcopy(unit.activation),
+        after=after,
         channel_order=unit.channel_order,
     )
 

@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
 }  # fmt: skip
+_ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _FUNCTION_TARGETS = {
     getattr(home, name): name for home in (torch, F) for name in FUNCTIONS if callable(getattr(home, name, None))
 }
@@ -108,6 +110,43 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str], owners: Ma
     if after is not None and not obstacle:
         activation, obstacle = _activation(after, model)
     return Chain(norm, activation, obstacle, _makes_output(node, model))
+
+
+@dataclass(frozen=True)
+class Follower:
+    """What reads a batch norm.
+
+    Attributes:
+        activation: Name of the module that alone reads it, is called for nothing else, and acts on every number alone.
+        fusable: Whether something else reads it that runtimes run together with a convolution: an
+            addition, or an activation that is called elsewhere, too.
+    """
+
+    activation: str | None = None
+    fusable: bool = False
+
+
+def follower_of(norm: str, graph: fx.Graph, model: nn.Module) -> Follower:
+    """What reads a batch norm that is called once.
+
+    Args:
+        norm: Its name.
+        graph: Of the model.
+        model: The model that was traced.
+    """
+    node = next(node for node in graph.nodes if node.op == "call_module" and node.target == norm)
+    user = only_user(node)
+    while user is not None and user.op == "call_module" and type(model.get_submodule(str(user.target))) is nn.Identity:
+        user = only_user(user)
+    if user is None:
+        return Follower()
+    if user.op == "call_module":
+        module, name = model.get_submodule(str(user.target)), str(user.target)
+        if not isinstance(module, ACTIVATIONS):
+            return Follower()
+        alone = calls_per_module(graph)[name] == 1 and not has_hooks(module)
+        return Follower(activation=name) if alone else Follower(fusable=True)
+    return Follower(fusable=user.target in _ADDITIONS or _activation(user, model)[0] is not None)
 
 
 def changes_its_input(node: fx.Node, model: nn.Module) -> bool:

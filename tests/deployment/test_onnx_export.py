@@ -62,8 +62,11 @@ def test_the_model_is_left_in_its_modes(exported: tuple[nn.Module, ExportCheck])
 def test_operators_are_those_of_a_ghost_network(exported: tuple[nn.Module, ExportCheck]) -> None:
     _, check = exported
     # No gather, since the order is folded; no transposition, no reshaping of feature maps.
-    assert check.ops["Conv"] == 5
+    # A stem, and of each of two units the primary, its ghosts, and the norm of the intrinsic channels.
+    assert check.ops["Conv"] == 7
     assert check.ops["Concat"] == 2
+    assert "BatchNormalization" not in check.ops
+    assert all(a.i == 1 for n in onnx.load(check.path).graph.node if n.op_type == "Concat" for a in n.attribute)
     assert not {"Gather", "Transpose", "Reshape", "Expand", "ScatterND", "Where", "Cast"} & set(check.ops)
 
 
