@@ -1,7 +1,7 @@
 """Folding for inference, storing and loading converted models, and writing them as verified ONNX files."""
 
+from ghostify.backends.folding import fold
 from ghostify.deployment.artefact import load, save
-from ghostify.deployment.folding import fold
 from ghostify.deployment.onnx_export import export_onnx
 from ghostify.deployment.parity import BatchCheck, ExportCheck
 

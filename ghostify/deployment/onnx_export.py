@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghostify.backends import folding
 from ghostify.backends.onnx_program import onnx_program
-from ghostify.deployment import folding
 from ghostify.deployment.manifest import ghostify_version
 from ghostify.deployment.parity import ExportCheck, compare_in_onnxruntime
 from ghostify.errors import ExportError, OptionError

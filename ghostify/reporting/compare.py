@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghostify.backends.runners import device_name, device_of
 from ghostify.distillation.history import Epoch
 from ghostify.errors import InputsError
 from ghostify.reporting.accuracy import NoClassScores, measure_accuracy
-from ghostify.reporting.latency import LatencyOptions, device_name, device_of, measure_latency
+from ghostify.reporting.latency import LatencyOptions, measure_latency
 from ghostify.reporting.report import Environment, ModelNumbers, Report
 from ghostify.spec import Plan
 from ghostify.tracing.counting import count_macs, count_params, state_bytes

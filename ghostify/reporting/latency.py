@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ghostify.backends.runners import device_name, device_of
+from ghostify.backends.timing import Effort, interleaved
 from ghostify.errors import InputsError, OptionError
 from ghostify.reporting.report import Latency, Timing
 from ghostify.tracing.example import Example, ExampleInputs, evaluating
@@ -79,33 +77,9 @@ def measure_latency(
         models = (_channels_last_copy(original), _channels_last_copy(compressed))
     runs = [_runner(model, example, options.channels_last) for model in models]
 
-    def timed(run: Callable[[], object]) -> float:
-        _synchronise(device)
-        start = time.perf_counter()
-        run()
-        _synchronise(device)
-        return (time.perf_counter() - start) * 1e3
-
-    pairs: list[tuple[float, float]] = []
+    effort = Effort(options.repeats, _FEWEST_PAIRS, options.warmup, options.seconds)
     with evaluating(*models), torch.inference_mode():
-        start = time.perf_counter()
-        for done in range(options.warmup):
-            if done and time.perf_counter() - start > options.seconds:
-                break
-            for run in runs:
-                timed(run)
-        start = time.perf_counter()
-        while len(pairs) < options.repeats:
-            if len(pairs) >= _FEWEST_PAIRS and time.perf_counter() - start > options.seconds:
-                break
-            if len(pairs) % 2 == 0:
-                first = timed(runs[0])
-                pairs.append((first, timed(runs[1])))
-            else:  # the other way round, so that neither always follows the other
-                second = timed(runs[1])
-                pairs.append((timed(runs[0]), second))
-
-    times = np.array(pairs)
+        times = interleaved(runs, effort, device)
     ratio = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
     return Latency(
         original=_timing(times[:, 0]),
@@ -113,7 +87,7 @@ def measure_latency(
         ratio=float(ratio[1]),
         ratio_q25=float(ratio[0]),
         ratio_q75=float(ratio[2]),
-        pairs=len(pairs),
+        pairs=len(times),
         pairs_asked=options.repeats,
         warmup=options.warmup,
         threads=torch.get_num_threads(),
@@ -121,29 +95,6 @@ def measure_latency(
         dtype=_dtypes(models),
         channels_last=options.channels_last,
     )
-
-
-def device_name(device: torch.device) -> str:
-    """The processor's name, as in ``NVIDIA H200`` or ``AMD EPYC 7763 64-Core Processor``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not Linux
-        facts = ""
-    for line in facts.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first tensor lies; the CPU if it has none."""
-    first = next(chain(model.parameters(), model.buffers()), None)
-    return first.device if first is not None else torch.device("cpu")
 
 
 def _shared_device(original: nn.Module, compressed: nn.Module) -> torch.device:
@@ -174,11 +125,6 @@ def _to_channels_last(leaf: object) -> object:
 def _channels_last_copy(model: nn.Module) -> nn.Module:
     # Module.to changes the module that it is called on, and this one is the caller's.
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _timing(milliseconds: np.ndarray) -> Timing:

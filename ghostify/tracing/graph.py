@@ -114,39 +114,44 @@ def chain_after(node: fx.Node, model: nn.Module, calls: Counter[str], owners: Ma
 
 @dataclass(frozen=True)
 class Follower:
-    """What reads a batch norm.
+    """What directly reads a layer.
 
     Attributes:
-        activation: Name of the module that alone reads it, is called for nothing else, and acts on every number alone.
-        fusable: Whether something else reads it that runtimes run together with a convolution: an
-            addition, or an activation that is called elsewhere, too.
+        activation: ``module:NAME`` or ``function:NAME`` of the activation, behind an addition if there is one;
+            empty if there is none that can be told.
+        own: Whether that is a module which is called for nothing else.
+        adds: Whether the layer's output is added to something first, as where a residual block ends.
     """
 
-    activation: str | None = None
-    fusable: bool = False
+    activation: str = ""
+    own: bool = False
+    adds: bool = False
 
 
-def follower_of(norm: str, graph: fx.Graph, model: nn.Module) -> Follower:
-    """What reads a batch norm that is called once.
+def follower_of(layer: str, graph: fx.Graph, model: nn.Module) -> Follower:
+    """What alone reads a layer that is called once.
 
     Args:
-        norm: Its name.
+        layer: Its name, of a batch norm or convolution.
         graph: Of the model.
         model: The model that was traced.
     """
-    node = next(node for node in graph.nodes if node.op == "call_module" and node.target == norm)
+    user = _reader(next(node for node in graph.nodes if node.op == "call_module" and node.target == layer), model)
+    adds = user is not None and user.target in _ADDITIONS
+    if adds and user is not None:
+        user = _reader(user, model)
+    name = None if user is None else _activation(user, model)[0]
+    kind, _, target = (name or "").partition(":")
+    own = kind == "module" and calls_per_module(graph)[target] == 1 and not has_hooks(model.get_submodule(target))
+    return Follower(name or "", own, adds)
+
+
+def _reader(node: fx.Node, model: nn.Module) -> fx.Node | None:
+    """The one node that reads ``node``, past modules that do nothing."""
     user = only_user(node)
     while user is not None and user.op == "call_module" and type(model.get_submodule(str(user.target))) is nn.Identity:
         user = only_user(user)
-    if user is None:
-        return Follower()
-    if user.op == "call_module":
-        module, name = model.get_submodule(str(user.target)), str(user.target)
-        if not isinstance(module, ACTIVATIONS):
-            return Follower()
-        alone = calls_per_module(graph)[name] == 1 and not has_hooks(module)
-        return Follower(activation=name) if alone else Follower(fusable=True)
-    return Follower(fusable=user.target in _ADDITIONS or _activation(user, model)[0] is not None)
+    return user
 
 
 def changes_its_input(node: fx.Node, model: nn.Module) -> bool:

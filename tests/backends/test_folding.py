@@ -127,7 +127,7 @@ def test_one_dimension_and_transposed_convolutions_fold():
 
 
 def test_a_change_of_the_outputs_is_an_error(monkeypatch):
-    from ghostify.deployment import folding
+    from ghostify.backends import folding
 
     monkeypatch.setattr(folding, "fuse_conv_bn_eval", lambda conv, norm, transpose: copy.deepcopy(conv))
     with pytest.raises(ConversionError, match=r"gives other outputs.*fold=False"):

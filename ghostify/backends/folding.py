@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,10 +63,7 @@ def fold(model: nn.Module, *, example_inputs: ExampleInputs | Example) -> nn.Mod
     sites = tuple(decision.site for decision in plan) if isinstance(plan, Plan) else facts.sites
     before = example.run(model)
     with torch.inference_mode(False), evaluating(model):
-        memo: dict[int, object] = {}
-        for old, new in _replacements(model, sites, facts.graph):
-            memo[id(old)] = new
-        deployed = copy.deepcopy(model, {**copier_memo(model), **memo}).eval()
+        deployed = folded_copy(model, sites, _followers(sites, facts.graph, model))
     after = example.run(deployed)
     largest, dtype = _largest(before)
     parted = difference(after, before)
@@ -78,8 +75,20 @@ def fold(model: nn.Module, *, example_inputs: ExampleInputs | Example) -> nn.Mod
     return deployed
 
 
+def folded_copy(model: nn.Module, sites: Iterable[Site], followers: Mapping[str, Follower]) -> nn.Module:
+    """The copy that [fold][ghostify.fold] makes, unchecked.
+
+    Args:
+        model: In evaluation mode.
+        sites: Its convolutions, or what stands in their places.
+        followers: By the name of the site what reads the norm behind it.
+    """
+    memo = {id(old): new for old, new in _replacements(model, sites, followers)}
+    return copy.deepcopy(model, {**copier_memo(model), **memo}).eval()
+
+
 def _replacements(
-    model: nn.Module, sites: tuple[Site, ...], graph: fx.Graph | None
+    model: nn.Module, sites: Iterable[Site], followers: Mapping[str, Follower]
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
     """What takes whose place."""
     modules = dict(model.named_modules())
@@ -90,7 +99,7 @@ def _replacements(
         norm = modules.get(site.chain.norm) if site.chain is not None and site.chain.norm else None
         rest = None if norm is None else _without_norm(norm, dims=len(site.kernel_size))
         if isinstance(module, GhostConv) and can_fold(module):
-            yield from _unit(module, norm, rest, _follower(site, graph, model), modules)
+            yield from _unit(module, norm, rest, followers.get(site.name, Follower()), modules)
         elif norm is not None and rest is not None and type(module) in (*PLAIN, *_TRANSPOSED):
             yield module, fuse_conv_bn_eval(module, norm, transpose=module.transposed)
             yield norm, rest
@@ -108,10 +117,11 @@ def _unit(
     A norm stays where it is if what reads it is better run together with it: an addition, or an
     activation that cannot go before the concatenation, because it is called elsewhere, too.
     """
-    if norm is None or rest is None or (follower.fusable and isinstance(rest, nn.Identity)):
+    stays = follower.adds or (follower.activation and not follower.own)
+    if norm is None or rest is None or (stays and isinstance(rest, nn.Identity)):
         yield unit, folded(unit)
         return
-    behind = modules[follower.activation] if follower.activation is not None else None
+    behind = modules[follower.activation.removeprefix("module:")] if follower.own and not follower.adds else None
     after = copy.deepcopy(behind)
     if not isinstance(rest, nn.Identity):  # the norm holds an activation itself
         after, behind = rest, None
@@ -124,9 +134,9 @@ def _unit(
         yield behind, nn.Identity()
 
 
-def _follower(site: Site, graph: fx.Graph | None, model: nn.Module) -> Follower:
-    known = graph is not None and site.chain is not None and site.chain.norm is not None
-    return follower_of(site.chain.norm, graph, model) if known else Follower()  # type: ignore[union-attr,arg-type]
+def _followers(sites: Iterable[Site], graph: fx.Graph | None, model: nn.Module) -> dict[str, Follower]:
+    known = ((site, site.chain.norm) for site in sites if site.chain is not None and site.chain.norm is not None)
+    return {} if graph is None else {site.name: follower_of(norm, graph, model) for site, norm in known}
 
 
 def _without_norm(norm: nn.Module, *, dims: int) -> nn.Module | None:

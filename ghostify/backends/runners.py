@@ -1,0 +1,175 @@
+"""What runs a model, by name: from a module and its inputs to a call that can be timed."""
+
+from __future__ import annotations
+
+import numbers
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.backends.onnx_program import onnx_program
+from ghostify.backends.timing import Run
+from ghostify.errors import OptionError
+from ghostify.extras import require
+from ghostify.tracing.example import Example
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a model is to run on.
+
+    Attributes:
+        name: ``torch`` (eager), ``torch-compile``, or ``onnxruntime`` (CPU, the folded form).
+        threads: Processor threads.
+
+    Raises:
+        OptionError: The name is unknown, or the number of threads is none.
+
+    Example:
+        >>> print(Backend("onnxruntime", threads=2))
+        onnxruntime, 2 threads
+    """
+
+    name: str = "onnxruntime"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.name not in RUNNERS:
+            raise OptionError(f"backend={self.name!r} is unknown. Use one of {', '.join(RUNNERS)}.")
+        threads = self.threads
+        if isinstance(threads, bool) or not isinstance(threads, numbers.Integral) or threads < 1:
+            raise OptionError(f"threads={threads!r} is not a whole number ≥ 1. Use 1 for one core.")
+
+    @staticmethod
+    def of(value: Backend | str) -> Backend:
+        """A backend as it is, or the one of a name on one thread.
+
+        Raises:
+            OptionError: It is neither.
+        """
+        if isinstance(value, str):
+            return Backend(value)
+        if not isinstance(value, Backend):
+            raise OptionError(f"backend={value!r} is neither a name nor a Backend. Pass backend='onnxruntime'.")
+        return value
+
+    @property
+    def folds(self) -> bool:
+        """Whether models run in their folded form there."""
+        return self.name == "onnxruntime"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+
+
+def runs_of(backend: Backend, modules: Sequence[nn.Module], example: Example) -> list[Run]:
+    """Make calls that run each module on the same inputs.
+
+    Args:
+        backend: What runs them.
+        modules: In evaluation mode, each giving one tensor.
+        example: Their inputs.
+
+    Raises:
+        MissingExtraError: The backend is not installed.
+        ExportError: A module cannot be exported.
+    """
+    return RUNNERS[backend.name](modules, example, backend.threads)
+
+
+@contextmanager
+def running(backend: Backend) -> Iterator[None]:
+    """Give torch the backend's number of threads, and no gradients."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(backend.threads)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's name, as in ``NVIDIA H200`` or ``AMD EPYC 7763 64-Core Processor``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # not Linux
+        facts = ""
+    for line in facts.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first tensor lies; the CPU if it has none."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _torch_runs(modules: Sequence[nn.Module], example: Example, threads: int) -> list[Run]:
+    return [_eager(module, example) for module in modules]
+
+
+def _compiled_runs(modules: Sequence[nn.Module], example: Example, threads: int) -> list[Run]:
+    return [_eager(torch.compile(module), example) for module in modules]  # type: ignore[arg-type]
+
+
+def _eager(module: nn.Module, example: Example) -> Run:
+    moved = example.to(module)
+    return lambda: module(*moved.args, **moved.kwargs)
+
+
+class _Together(nn.Module):
+    """Several modules on the same inputs: they are exported at once, which is what takes the time."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, *args: Tensor) -> dict[str, Any]:
+        return {f"output{number}": part(*args) for number, part in enumerate(self.parts)}
+
+
+def _onnxruntime_runs(modules: Sequence[nn.Module], example: Example, threads: int) -> list[Run]:
+    require("onnx", extra="onnx")
+    require("onnxscript", extra="onnx")
+    runtime = require("onnxruntime", extra="onnx")
+    if len(modules) == 1:
+        return [_session_run(runtime, onnx_program(modules[0], example, name="the model"), example, threads)]
+    program = onnx_program(_Together(modules), example, name="a layer")
+    extractor = require("onnx.utils", extra="onnx").Extractor(program)
+    inputs = [entry.name for entry in program.graph.input]
+    parts = (extractor.extract_model(inputs, [f"output{number}"]) for number in range(len(modules)))
+    return [_session_run(runtime, part, example, threads) for part in parts]
+
+
+def _session_run(runtime: Any, program: Any, example: Example, threads: int) -> Run:
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # Threads of one session that wait for work would slow the session that is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = runtime.InferenceSession(program.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = (entry.name for entry in session.get_inputs())
+    feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, example.tensors(), strict=True)}
+    return lambda: session.run(None, feed)
+
+
+RUNNERS: dict[str, Callable[[Sequence[nn.Module], Example, int], list[Run]]] = {
+    "torch": _torch_runs,
+    "torch-compile": _compiled_runs,
+    "onnxruntime": _onnxruntime_runs,
+}
