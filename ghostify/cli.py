@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ghostify.cli_distill import distill_command
 from ghostify.cli_options import (  # fmt: skip
+    BackendName,
     BudgetTexts,
     CalibrationData,
     DwSize,
@@ -34,7 +35,9 @@ from ghostify.cli_options import (  # fmt: skip
     Shape,
     Skip,
     Student,
+    Threads,
     Weights,
+    chosen_backend,
     read_budget,
     read_overrides,
     show,
@@ -79,6 +82,8 @@ def plan_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="store the plan in this JSON file")] = None,
     keep: Keep = None,
     budget: BudgetTexts = None,
+    backend: BackendName = None,
+    threads: Threads = 1,
     calibration: CalibrationData = None,
     images: Images = 512,
     weights: Weights = None,
@@ -89,6 +94,7 @@ def plan_command(
     """Show, before anything is changed, what happens to every convolution and what it saves."""
     network = load_model(model) if keep is None and not budget else trained(model, pretrained, weights)
     inputs = _calibration(calibration, images, seed)
+    limits = read_budget(budget)
     made = plan(
         network,
         example_inputs=inputs[:1] if inputs is not None else _example(network, model, input_shape),
@@ -96,7 +102,8 @@ def plan_command(
         skip=skip or (),
         overrides=read_overrides(override),
         keep=keep,
-        budget=read_budget(budget),
+        budget=limits,
+        backend=chosen_backend(backend, threads, limits),
         calibration=inputs,
     )
     if out is not None:
@@ -121,6 +128,8 @@ def convert_command(
     override: Overrides = None,
     keep: Keep = None,
     budget: BudgetTexts = None,
+    backend: BackendName = None,
+    threads: Threads = 1,
     calibration: CalibrationData = None,
     images: Images = 512,
     initialiser: Annotated[str | None, typer.Option(help=f"one of {', '.join(INITIALISERS)}")] = None,
@@ -137,6 +146,7 @@ def convert_command(
     if plan_file is not None:
         made = Plan.from_json(_read(plan_file))
     else:
+        limits = read_budget(budget)
         made = plan(
             network,
             example_inputs=example,
@@ -144,7 +154,8 @@ def convert_command(
             skip=skip or (),
             overrides=read_overrides(override),
             keep=keep,
-            budget=read_budget(budget),
+            budget=limits,
+            backend=chosen_backend(backend, threads, limits),
             calibration=inputs if keep is not None or budget else None,
         )
     student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)

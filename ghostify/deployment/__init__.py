@@ -1,8 +1,7 @@
-"""Folding for inference, storing and loading converted models, and writing them as verified ONNX files."""
+"""Storing and loading converted models, and writing them as verified ONNX files."""
 
-from ghostify.backends.folding import fold
 from ghostify.deployment.artefact import load, save
 from ghostify.deployment.onnx_export import export_onnx
 from ghostify.deployment.parity import BatchCheck, ExportCheck
 
-__all__ = ["BatchCheck", "ExportCheck", "export_onnx", "fold", "load", "save"]
+__all__ = ["BatchCheck", "ExportCheck", "export_onnx", "load", "save"]
