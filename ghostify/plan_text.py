@@ -71,6 +71,10 @@ def _milliseconds(saved: float | None) -> str:
     return "" if saved is None else f"{saved:.3f}"
 
 
+def _small(number: float | None) -> str:
+    return "" if number is None else f"{number:.2g}"
+
+
 def _forecast(latency: Forecast) -> str:
     return (
         f"latency {latency.original_ms:.2f} → {latency.converted_ms:.2f} ± {latency.noise_ms:.2f} ms expected   "
@@ -83,5 +87,6 @@ def _forecast(latency: Forecast) -> str:
 _MEASURED = {
     "explained": ("explained", _percent),
     "error": ("error", _percent),
+    "damage": ("damage", _small),
     "saved_ms": ("saved, ms", _milliseconds),
 }

@@ -197,6 +197,7 @@ class Decision:
         order: Of its channels: ``folded`` into what reads them, ``shared`` by units and folded, or an ``index``.
         explained: Share of the layer's variance behind its norm that chosen channels and cheap kernels can make.
         error: Share of it that the started Ghost unit misses in the converted model.
+        damage: How far the network's answers are expected to part from the original's through it, if that was measured.
         saved_ms: Milliseconds that it saves on the backend for which the plan was made, measured alone.
     """
 
@@ -210,6 +211,7 @@ class Decision:
     order: ChannelOrder = ""
     explained: float | None = None
     error: float | None = None
+    damage: float | None = None
     saved_ms: float | None = None
 
     __pydantic_config__ = STRICT

@@ -48,8 +48,7 @@ from ghostify.tracing import (
 from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
 from ghostify.tracing.graph import FUNCTIONS
 
-# Examples of a calibration batch that are enough to trace a model.
-_TRACED = 2
+_TRACED = 2  # examples of a calibration batch that are enough to trace a model
 
 
 def convert(
@@ -63,6 +62,7 @@ def convert(
     keep: float | None = None,
     budget: Budget | None = None,
     backend: Backend | str | None = None,
+    sensitivity: str = "explained",
     calibration: Calibration | None = None,
     images: int = MOST_IMAGES,
     initialiser: str | Initialiser | None = None,
@@ -83,7 +83,7 @@ def convert(
     start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model, images)
     facts = _facts(model, example_inputs, chunks)
-    goal = Goal.of(keep, budget, backend, ratio, chunks)
+    goal = Goal.of(keep, budget, backend, sensitivity, ratio, chunks)
     plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), goal)
     return _apply(plan, facts if plan.lifted else facts.unlifted or facts, chunks, start, seed)
 

@@ -2,8 +2,8 @@
 
 from ghostify.planning.budget import Budget
 from ghostify.planning.frontier import Frontier, frontier
+from ghostify.planning.goal import Goal
 from ghostify.planning.planner import (  # fmt: skip
-    Goal,
     Override,
     chosen_spec,
     override_specs,

@@ -211,6 +211,9 @@ def _paying(some: Sequence[Decision], table: LatencyTable, ordered: bool) -> lis
 
 
 def _damage(offer: Decision) -> float:
+    """What the sum is made of: measured at the network's output, or else the share of variance that is lost."""
+    if offer.damage is not None:
+        return offer.damage
     return 0.0 if offer.explained is None else 1 - offer.explained
 
 

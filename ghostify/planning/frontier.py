@@ -13,8 +13,8 @@ from torch import nn
 from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError
 from ghostify.planning.budget import KEYS, check_budget_options, original_costs, smallest, within_budget
+from ghostify.planning.goal import Goal
 from ghostify.planning.planner import (  # fmt: skip
-    Goal,
     Override,
     check_patterns,
     chosen_spec,
@@ -83,6 +83,7 @@ def frontier(
     points: int | Sequence[float] = 10,
     calibration: Calibration | None = None,
     backend: Backend | str | None = None,
+    sensitivity: str = "explained",
     example_inputs: ExampleInputs | None = None,
     spec: GhostSpec | None = None,
     skip: str | Sequence[str] = (),
@@ -99,6 +100,7 @@ def frontier(
         calibration: A few hundred inputs; without, the weights alone tell what each ratio damages.
         backend: Measure every choice there, and replace no site where it does not pay; needed for ``latency``, where it
             is by default ``onnxruntime`` on one thread.
+        sensitivity: ``explained`` or ``measured``.
         example_inputs: One batch; by default a calibration batch.
         spec: Options of the Ghost units except the ratio.
         skip: Names of sites to keep, or patterns.
@@ -129,7 +131,7 @@ def frontier(
     chosen = override_specs(overrides, default)
     facts = trace(model, chunks[0] if example_inputs is None and chunks else example_inputs)
     check_patterns(facts, patterns, chosen)
-    goal = Goal.of(None, {key: 0.5}, backend, None, chunks)
+    goal = Goal.of(None, {key: 0.5}, backend, sensitivity, None, chunks)
     options = measured_options(facts, default, patterns, chosen, goal)
     table = timed_options(facts, options, goal)
     if isinstance(points, int):

@@ -82,6 +82,7 @@ def kept(some: Sequence[Decision]) -> Decision:
         params_after=nearest.params_before,
         macs_after=nearest.macs_before,
         explained=None,
+        damage=None,
     )
 
 

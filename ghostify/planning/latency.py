@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -26,7 +25,7 @@ from torch import nn
 from ghostify.backends.runners import Backend, device_name, device_of, running, runs_of
 from ghostify.backends.timing import CONFIDENCE, Effort, Run, interleaved, median_and_error, outlier_share
 from ghostify.documents import STRICT
-from ghostify.files import atomic_file
+from ghostify.files import atomic_file, cache_folder
 from ghostify.planning.layers import Layer
 from ghostify.spec import Decision, Forecast, GhostSpec, Site
 from ghostify.tracing import Trace, evaluating
@@ -147,22 +146,19 @@ class LatencyTable:
         return self.saving(made.site, made.spec, ordered=made.order == "index")
 
 
-def latency_table(
-    facts: Trace, choices: Mapping[str, Sequence[GhostSpec]], backend: Backend, cache: Path | None = None
-) -> LatencyTable:
+def latency_table(facts: Trace, choices: Mapping[str, Sequence[GhostSpec]], backend: Backend) -> LatencyTable:
     """Measure a network, and every choice at its layers.
 
     Args:
         facts: Of the original.
         choices: By the name of the site.
         backend: What to run on.
-        cache: Folder of earlier results; by default ``$GHOSTIFY_CACHE`` or ``~/.cache/ghostify``.
 
     Raises:
         MissingExtraError: The backend is not installed.
         ExportError: The network cannot be exported for it.
     """
-    folder = (cache or Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache" / "ghostify"))) / "latency"
+    folder = cache_folder() / "latency"
     device = torch.device("cpu") if backend.folds else device_of(facts.model)
     batch, processor = facts.example.batch, device_name(device)
     layers = [Layer.of(site, facts) for site in facts.sites if choices.get(site.name)]

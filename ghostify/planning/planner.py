@@ -6,22 +6,24 @@ import difflib
 import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError, PatternError
-from ghostify.planning.budget import Budget, check_budget_options, within_budget
+from ghostify.planning.budget import Budget, within_budget
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
-from ghostify.planning.keeping import RATIOS, check_keep_options, measured, with_ratios
+from ghostify.planning.goal import Goal
+from ghostify.planning.influence import influences
+from ghostify.planning.keeping import RATIOS, measured, with_ratios
 from ghostify.planning.latency import LatencyTable, latency_table
 from ghostify.planning.layers import aligned, distinct
 from ghostify.planning.orders import with_orders
 from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
 from ghostify.spec import Decision, GhostSpec, Plan, Site
-from ghostify.tracing import Example, ExampleInputs, Trace, fingerprint, trace
+from ghostify.tracing import ExampleInputs, Trace, fingerprint, trace
 from ghostify.tracing.calibration import Calibration, calibration_chunks
 
 Override = float | GhostSpec | None
@@ -38,6 +40,7 @@ def plan(
     keep: float | None = None,
     budget: Budget | None = None,
     backend: Backend | str | None = None,
+    sensitivity: str = "explained",
     calibration: Calibration | None = None,
 ) -> Plan:
     """Decide for every convolution of a model whether and how a Ghost unit replaces it.
@@ -63,6 +66,9 @@ def plan(
             sites lose are least in sum. This is an estimate: it looks at each layer alone.
         backend: With ``budget``: measure every choice there, and replace no site where it does not pay; a
             [Backend][ghostify.Backend] or its name. By default ``onnxruntime`` on one thread if latency is limited.
+        sensitivity: With ``budget``: what a site's loss counts. ``explained``: the share of variance, everywhere alike.
+            ``measured``: how far the network's answers part from the original's when only this site is replaced; the
+            network is run for every site, on some of the calibration inputs.
         calibration: With ``keep`` or ``budget``: a few hundred inputs, as [apply][ghostify.apply] takes them. A
             budget without them goes by the weights alone.
 
@@ -93,49 +99,9 @@ def plan(
             "calibration is given without keep=… or budget=…: a plan with a fixed ratio measures nothing on it."
         )
     chunks = calibration_chunks(calibration, model)
-    goal = Goal.of(keep, budget, backend, ratio, chunks)
+    goal = Goal.of(keep, budget, backend, sensitivity, ratio, chunks)
     facts = trace(model, example_inputs if example_inputs is not None or not chunks else chunks[0])
     return plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), goal)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What decides the ratios, if a fixed one does not.
-
-    Attributes:
-        keep: As [plan][ghostify.plan] takes it.
-        budget: As [plan][ghostify.plan] takes it.
-        backend: On which every replaced site must pay, and latency is measured.
-        chunks: Calibration inputs; those of a fixed ratio are not looked at.
-    """
-
-    keep: float | None = None
-    budget: Budget | None = None
-    backend: Backend | None = None
-    chunks: Sequence[Example] = ()
-
-    @staticmethod
-    def of(
-        keep: float | None,
-        budget: Budget | None,
-        backend: Backend | str | None,
-        ratio: float | None,
-        chunks: Sequence[Example],
-    ) -> Goal:
-        """The goal from the arguments of [plan][ghostify.plan].
-
-        Raises:
-            OptionError: They contradict each other, or one cannot be used.
-        """
-        if budget is not None:
-            check_budget_options(budget, keep, ratio)
-            if "latency" in budget and backend is None:
-                backend = Backend()
-        elif backend is not None:
-            raise OptionError(f"backend={backend!r} is given without a budget. Pass one, such as {{'latency': 0.7}}.")
-        elif keep is not None:
-            check_keep_options(keep, ratio, chunks)
-        return Goal(keep, budget, None if backend is None else Backend.of(backend), chunks)
 
 
 def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:
@@ -206,7 +172,18 @@ def measured_options(
         if goal.backend is not None:
             own = distinct([aligned(site, spec) for spec in own])
         options.append([_decide(site, spec, skip, overrides) for spec in own])
-    return measured(options, default, facts, list(goal.chunks))
+    found = measured(options, default, facts, list(goal.chunks))
+    if goal.sensitivity == "explained":
+        return found
+    tried = {some[0].site.name: some[len(some) // 2].spec for some in found if some[0].explained is not None}
+    factors = influences(facts, {name: spec for name, spec in tried.items() if spec is not None}, list(goal.chunks))
+    return [[_with_damage(option, factors) for option in some] for some in found]
+
+
+def _with_damage(option: Decision, factors: Mapping[str, float]) -> Decision:
+    if option.explained is None:
+        return option
+    return replace(option, damage=factors[option.site.name] * (1 - option.explained))
 
 
 def timed_options(facts: Trace, options: Sequence[Sequence[Decision]], goal: Goal) -> LatencyTable | None:
