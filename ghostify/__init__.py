@@ -21,11 +21,12 @@ The verbs:
 * [load_data][ghostify.load_data], [load_model][ghostify.load_model]: data sets and models by name.
 
 The types: `GhostSpec` (options of one unit), `GhostConv2d` (the unit), `Plan`, `DistillConfig`,
-`Run`, `Report`, `LatencyOptions`, `ExportCheck`, and `GhostifyError`, the root of all errors.
+`Run`, `Report`, `LatencyOptions`, `ExportConfig`, `ExportCheck`, and `GhostifyError`, the root
+of all errors.
 """
 
 from ghostify.conversion import apply, convert
-from ghostify.deployment import ExportCheck, export_onnx, fold, load, save
+from ghostify.deployment import ExportCheck, ExportConfig, export_onnx, fold, load, save
 from ghostify.distillation import DistillConfig, Run, distill, load_data
 from ghostify.errors import GhostifyError
 from ghostify.nn import GhostConv2d
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DistillConfig",
     "ExportCheck",
+    "ExportConfig",
     "GhostConv2d",
     "GhostSpec",
     "GhostifyError",

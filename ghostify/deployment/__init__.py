@@ -2,7 +2,18 @@
 
 from ghostify.backends.folding import fold
 from ghostify.deployment.artefact import load, save
-from ghostify.deployment.onnx_export import export_onnx
+from ghostify.deployment.onnx_export import ExportConfig, export_onnx
+from ghostify.deployment.onnx_notes import OnnxNotes, read_notes
 from ghostify.deployment.parity import BatchCheck, ExportCheck
 
-__all__ = ["BatchCheck", "ExportCheck", "export_onnx", "fold", "load", "save"]
+__all__ = [
+    "BatchCheck",
+    "ExportCheck",
+    "ExportConfig",
+    "OnnxNotes",
+    "export_onnx",
+    "fold",
+    "load",
+    "read_notes",
+    "save",
+]
