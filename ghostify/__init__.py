@@ -22,14 +22,14 @@ The verbs:
 * [load_data][ghostify.load_data], [load_model][ghostify.load_model]: data sets and models by name.
 
 The types: `GhostSpec` (options of one unit), `GhostConv2d` (the unit), `Plan`, `DistillConfig`,
-`Backend` (what a latency is planned for),
-`Run`, `Report`, `LatencyOptions`, `ExportCheck`, and `GhostifyError`, the root of all errors.
+`Backend` (what a latency is planned for), `Run`, `Report`, `LatencyOptions`, `ExportConfig`,
+`ExportCheck`, and `GhostifyError`, the root of all errors.
 """
 
 from ghostify.backends.folding import fold
 from ghostify.backends.runners import Backend
 from ghostify.conversion import apply, convert
-from ghostify.deployment import ExportCheck, export_onnx, load, save
+from ghostify.deployment import ExportCheck, ExportConfig, export_onnx, load, save
 from ghostify.distillation import DistillConfig, Run, distill, load_data
 from ghostify.errors import GhostifyError
 from ghostify.nn import GhostConv2d
@@ -44,6 +44,7 @@ __all__ = [
     "Backend",
     "DistillConfig",
     "ExportCheck",
+    "ExportConfig",
     "GhostConv2d",
     "GhostSpec",
     "GhostifyError",

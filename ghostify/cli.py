@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn, TextIO
 
-import torch
 import typer
-from torch import Tensor, nn
 
 from ghostify.cli_distill import distill_command
+from ghostify.cli_export import describe_command, export_command
+from ghostify.cli_inputs import calibration_images, example_for, sample
 from ghostify.cli_options import (  # fmt: skip
     BackendName,
     BudgetTexts,
@@ -45,16 +42,16 @@ from ghostify.cli_options import (  # fmt: skip
     trained,
 )
 from ghostify.conversion import INITIALISERS, apply
-from ghostify.deployment import export_onnx, load, save
+from ghostify.deployment import load, save
 from ghostify.deployment.artefact import model_plan
-from ghostify.distillation import DataOptions, EpochBatches, Splits, load_data
+from ghostify.distillation import load_data
 from ghostify.distillation.history import read_history
-from ghostify.errors import GhostifyError, InputsError, OptionError
+from ghostify.errors import GhostifyError, InputsError
 from ghostify.files import atomic_file
 from ghostify.planning import plan
 from ghostify.reporting import compare
 from ghostify.spec import GhostSpec, Plan
-from ghostify.zoo import input_shape, load_model
+from ghostify.zoo import load_model
 
 app = typer.Typer(
     help="Turn a trained CNN into a Ghost network: plan, convert, distil, compare, export.",
@@ -93,11 +90,11 @@ def plan_command(
 ) -> None:
     """Show, before anything is changed, what happens to every convolution and what it saves."""
     network = load_model(model) if keep is None and not budget else trained(model, pretrained, weights)
-    inputs = _calibration(calibration, images, seed)
+    inputs = calibration_images(calibration, images, seed)
     limits = read_budget(budget)
     made = plan(
         network,
-        example_inputs=inputs[:1] if inputs is not None else _example(network, model, input_shape),
+        example_inputs=inputs[:1] if inputs is not None else example_for(network, model, input_shape),
         spec=_spec(ratio, dw_size, fusion, placement),
         skip=skip or (),
         overrides=read_overrides(override),
@@ -141,8 +138,8 @@ def convert_command(
 ) -> None:
     """Replace convolutions by Ghost units that start from the old weights, and store the result."""
     network = trained(model, pretrained, weights)
-    inputs = _calibration(calibration, images, seed)
-    example = inputs[:1] if inputs is not None else _example(network, model, input_shape)
+    inputs = calibration_images(calibration, images, seed)
+    example = inputs[:1] if inputs is not None else example_for(network, model, input_shape)
     if plan_file is not None:
         made = Plan.from_json(_read(plan_file))
     else:
@@ -193,11 +190,11 @@ def compare_command(
     original = trained(model, pretrained, weights)
     small = load(student, base=original)
     splits = None if data is None else load_data(data)
-    example = _sample(splits, 1) if splits is not None and input_shape is None else None
+    example = sample(splits, 1) if splits is not None and input_shape is None else None
     report = compare(
         original,
         small,
-        example_inputs=_example(original, model, input_shape) if example is None else example,
+        example_inputs=example_for(original, model, input_shape) if example is None else example,
         data=None if splits is None else splits.test,
         history=() if history is None else read_history(_read(history)),
     )
@@ -206,19 +203,8 @@ def compare_command(
     show(report.to_json() if as_json else f"{report}{''.join(stored(path) for path in out or [])}")
 
 
-@app.command("export", epilog="Example: ghostify export my.models:resnet20 run/student --out small.onnx")
-def export_command(
-    model: Model,
-    student: Student,
-    out: Annotated[Path, typer.Option("--out", "-o", help="the ONNX file")],
-    input_shape: Shape = None,
-    opset: Annotated[int | None, typer.Option(help="version of the operator set")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a converted model as ONNX, checked in onnxruntime before the file appears."""
-    base = load_model(model)
-    check = export_onnx(load(student, base=base), out, example_inputs=_example(base, model, input_shape), opset=opset)
-    show(json.dumps(dataclasses.asdict(check), indent=1, default=str) if as_json else str(check))
+app.command("export", epilog="Example: ghostify export my.models:resnet20 run/student --out small.onnx")(export_command)
+app.command("describe", epilog="Example: ghostify describe small.onnx --json")(describe_command)
 
 
 @app.command("demo", epilog="Example: ghostify demo --out demo-run")
@@ -270,43 +256,9 @@ def _short_warning(
     print(f"note: {message}", file=file or sys.stderr)
 
 
-def _calibration(data: str | None, images: int, seed: int) -> Tensor | None:
-    return None if data is None else _sample(load_data(data, DataOptions(seed=seed)), images)
-
-
 def _spec(ratio: float, dw_size: int, fusion: str, placement: str) -> GhostSpec:
     # GhostSpec itself checks the words.
     return GhostSpec(ratio, dw_size, fusion, placement)  # type: ignore[arg-type]
-
-
-def _example(model: nn.Module, name: str, shape: str | None) -> Tensor:
-    """One random input of the shape that was given, or that the model's library tells."""
-    if shape is None:
-        known = input_shape(model, name)
-        if known is None:
-            raise InputsError(
-                f"model={name!r} does not tell the shape of its inputs. Pass it: --input-shape 3,224,224."
-            )
-        sides = known
-    else:
-        if not re.fullmatch(r"\d+([,x×]\d+)*", shape):
-            raise OptionError(f"input-shape={shape!r} is not a list of numbers. Write it as 3,224,224.")
-        sides = tuple(int(side) for side in re.split("[,x×]", shape))
-    return torch.randn(1, *sides, generator=torch.Generator().manual_seed(0))
-
-
-def _sample(splits: Splits, images: int) -> Tensor:
-    """Training images as the models see them, without augmentation where the data set can give them so."""
-    if isinstance(splits.train, EpochBatches):
-        return splits.train.sample(images)
-    found: list[Tensor] = []
-    for batch in splits.train:
-        found.append(batch if isinstance(batch, Tensor) else batch[0])
-        if sum(map(len, found)) >= images:
-            break
-    if not found:
-        raise InputsError(f"data={splits.name!r} has no training images.")
-    return torch.cat(found)[:images]
 
 
 def _read(path: Path) -> str:

@@ -26,6 +26,8 @@ The classes also derive from the built-in exception that a caller would expect
 catches them as usual.
 """
 
+from typing import Any
+
 
 class GhostifyError(Exception):
     """The root of all errors raised on purpose by ghostify."""
@@ -88,7 +90,20 @@ class ArtefactError(GhostifyError, ValueError):
 
 
 class ExportError(GhostifyError, RuntimeError):
-    """The exported file does not compute what the model computes."""
+    """The exported file does not compute what the model computes.
+
+    Args:
+        message: What is wrong.
+        check: The comparison that failed, if there was one: an ``ExportCheck``, whose table follows the message.
+    """
+
+    def __init__(self, message: str, check: Any = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.check = check
+
+    def __str__(self) -> str:
+        return self.message if self.check is None else f"{self.message}\n{self.check.table()}"
 
 
 class OutputError(GhostifyError, OSError):

@@ -40,7 +40,7 @@ def called(tmp_path, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("command", ["plan", "convert", "distill", "compare", "export", "demo"])
+@pytest.mark.parametrize("command", ["plan", "convert", "distill", "compare", "export", "describe", "demo"])
 def test_help_has_an_example(command):
     shown = CliRunner().invoke(app, [command, "--help"])
     assert shown.exit_code == 0

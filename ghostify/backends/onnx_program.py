@@ -1,4 +1,4 @@
-"""A model as an ONNX graph in memory, with a dynamic batch."""
+"""A model as an ONNX graph in memory, with a dynamic batch and, if asked, dynamic sides of its maps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,16 +17,25 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 from ghostify.errors import ExportError
 from ghostify.tracing.example import Example, evaluating
 
+# Names of the dynamic sides of a map, by the number of its dimensions.
+SIDES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
 
 
-def onnx_program(plain: nn.Module, example: Example, *, opset: int | None = None, name: str) -> Any:
+def onnx_program(
+    plain: nn.Module, example: Example, *, opset: int | None = None, dynamic_size: bool = False, name: str
+) -> Any:
     """Trace a model into an ``onnx.ModelProto``.
+
+    A single input is named ``input``; several have the names of the forward's arguments. Outputs are named by
+    [named_outputs][ghostify.backends.onnx_program.named_outputs]. So a model and its Ghost network, and every
+    later export of either, have the same names.
 
     Args:
         plain: In float32 on the CPU; left as it was.
         example: Its inputs: every tensor whose first dimension is the batch gets a dynamic one.
         opset: Version of the operator set; by default the exporter's.
+        dynamic_size: Whether the sides of maps ``(n, c, …)`` among the inputs are dynamic, too.
         name: Of the model, for errors.
 
     Raises:
@@ -35,10 +44,13 @@ def onnx_program(plain: nn.Module, example: Example, *, opset: int | None = None
     # torch.export takes a dimension of 1 for a constant.
     batch = max(example.batch, 2)
     traced = with_batch(example, batch)
-    dimension = torch.export.Dim("batch")
+    dimensions = {side: torch.export.Dim(side) for side in ("batch", *SIDES[5], *SIDES[3])}
 
     def dynamic(leaf: Any) -> dict[int, Any] | None:
-        return {0: dimension} if has_batch(leaf, batch) else None
+        if not has_batch(leaf, batch):
+            return None
+        sides = SIDES.get(leaf.dim(), ()) if dynamic_size else ()
+        return {0: dimensions["batch"], **{2 + place: dimensions[side] for place, side in enumerate(sides)}}
 
     by_parameter = inspect.signature(plain.forward).bind(*traced.args, **traced.kwargs).arguments
     try:
@@ -50,6 +62,7 @@ def onnx_program(plain: nn.Module, example: Example, *, opset: int | None = None
                 kwargs=traced.kwargs,
                 dynamo=True,
                 dynamic_shapes=tree_map(dynamic, dict(by_parameter)),
+                input_names=["input"] if len(traced.tensors()) == 1 else None,
                 output_names=list(outputs),
                 opset_version=opset,
                 external_data=False,
@@ -60,9 +73,12 @@ def onnx_program(plain: nn.Module, example: Example, *, opset: int | None = None
         while cause.__cause__ is not None:
             cause = cause.__cause__
         first = next((line.strip() for line in str(cause).splitlines() if line.strip()), repr(cause))
+        asked = "a dynamic batch and dynamic_size=True" if dynamic_size else "a dynamic batch"
+        advice = " Or export it for one size, without dynamic_size." if dynamic_size else ""
         raise ExportError(
-            f"{name} cannot be exported with a dynamic batch (opset={opset or 'default'}): {type(cause).__name__}: "
-            f"{first} Usually its forward depends on values or on one batch size; the cause above says where."
+            f"{name} cannot be exported with {asked} (opset={opset or 'default'}): {type(cause).__name__}: {first} "
+            f"Usually its forward depends on values or on one {'size' if dynamic_size else 'batch size'}; the cause "
+            f"above says where.{advice}"
         ) from error
     proto = program.model_proto  # type: ignore[union-attr]  # None only from the exporter of old
     _count_axes_from_the_front(proto.graph)
@@ -100,6 +116,18 @@ def with_batch(example: Example, batch: int, generator: torch.Generator | None =
         if generator is not None and leaf.is_floating_point():
             return torch.randn((batch, *leaf.shape[1:]), generator=generator, dtype=leaf.dtype)
         return leaf[torch.arange(batch) % own]  # integers may be indices, so no random ones
+
+    return Example(tree_map(resize, example.args), tree_map(resize, example.kwargs))
+
+
+def with_size(example: Example, larger: Sequence[int], generator: torch.Generator) -> Example:
+    """Random values in the place of every map of a batch, with sides larger by so many pixels, one for each side."""
+
+    def resize(leaf: Any) -> Any:
+        if not has_batch(leaf, example.batch) or leaf.dim() not in SIDES or not leaf.is_floating_point():
+            return leaf
+        sides = (side + more for side, more in zip(leaf.shape[2:], larger, strict=False))
+        return torch.randn((*leaf.shape[:2], *sides), generator=generator, dtype=leaf.dtype)
 
     return Example(tree_map(resize, example.args), tree_map(resize, example.kwargs))
 

@@ -6,7 +6,8 @@ import copy
 import inspect
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import nn
 
 from ghostify.backends import folding
 from ghostify.backends.onnx_program import onnx_program
-from ghostify.deployment.manifest import ghostify_version
-from ghostify.deployment.parity import ExportCheck, compare_in_onnxruntime
+from ghostify.deployment.onnx_notes import opset_of, write_notes
+from ghostify.deployment.operators import check_operators
+from ghostify.deployment.parity import BatchCheck, ExportCheck, compare_on_data, compare_on_examples, open_session
 from ghostify.errors import ExportError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
@@ -27,15 +29,47 @@ from ghostify.tracing.example import Example, ExampleInputs, require_module
 _MAX_BYTES = 2**31 - 1
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """How an ONNX file is written, and what it must pass.
+
+    Attributes:
+        batch_sizes: Batches of random inputs to compare on, beside the example itself.
+        tolerance: Largest difference allowed, as a share of the largest value of that output.
+        agreement: Least share of the ``data`` whose highest score must be the same class, in ``[0, 1]``.
+        opset: Version of the operator set; by default the exporter's.
+        fold: Export the [folded][ghostify.fold] form, which computes the same faster.
+        dynamic_size: Let the sides of maps ``(n, c, …)`` among the inputs be dynamic, too; the file is then also
+            compared at another size.
+
+    Raises:
+        OptionError: A value is outside its range.
+    """
+
+    batch_sizes: Sequence[int] = (1, 2, 5)
+    tolerance: float = 1e-3
+    agreement: float = 0.99
+    opset: int | None = None
+    fold: bool = True
+    dynamic_size: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = self.batch_sizes
+        if not sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+            raise OptionError(f"batch_sizes={sizes!r} must be whole numbers ≥ 1, such as (1, 2, 5).")
+        if not 0 < self.tolerance < 1:
+            raise OptionError(f"tolerance={self.tolerance!r} is a share of the largest output: use a number like 1e-3.")
+        if not 0 <= self.agreement <= 1:
+            raise OptionError(f"agreement={self.agreement!r} is a share of the data: use a number like 0.99.")
+
+
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
     example_inputs: ExampleInputs,
-    batch_sizes: Sequence[int] = (1, 2, 5),
-    tolerance: float = 1e-3,
-    opset: int | None = None,
-    fold: bool = True,
+    data: Iterable[Any] | None = None,
+    config: ExportConfig | None = None,
 ) -> ExportCheck:
     """Write a model as one ONNX file with a dynamic batch, checked against the model in onnxruntime.
 
@@ -45,30 +79,32 @@ def export_onnx(
     that copy, so that its own rounding does not count. The file appears under its name only after
     the comparison.
 
+    A single input is named ``input``, several have the names of the forward's arguments; a single output is
+    named ``output``, several by their place in what the model returns. The file carries the versions that wrote
+    it and, of a converted model, the plan: see [read_notes][ghostify.deployment.read_notes].
+
     Args:
         model: Any model that ``torch.export`` can read, converted or not.
         path: The file to write.
         example_inputs: A tensor ``(n, c, h, w)``, a tuple of positional arguments, or a dict of
             keyword arguments. Every tensor whose first dimension is ``n`` gets a dynamic batch.
-        batch_sizes: Batches of random inputs to compare on, beside the example itself.
-        tolerance: Largest difference allowed, as a share of the largest value of that output.
-        opset: Version of the operator set; by default the exporter's.
-        fold: Export the [folded][ghostify.fold] form, which computes the same faster.
+        data: Real inputs to compare on, too: batches ``(n, …)``, or ``(inputs, targets)``, for models of one
+            input. Where the model gives class scores, the classes must agree as ``config`` says.
+        config: How to write it, and what it must pass; see [ExportConfig][ghostify.ExportConfig].
 
     Returns:
         Sizes, operators and errors.
 
     Raises:
         ConversionError: The folded form gives other outputs.
-        ExportError: The model cannot be exported, or the file computes something else; nothing is
-            left under ``path`` then.
-        InputsError: There are no usable example inputs.
-        OptionError: ``batch_sizes`` or ``tolerance`` is out of range.
+        ExportError: The model cannot be exported, the file computes something else, or it holds operators that the
+            plan promised away; nothing is left under ``path`` then.
+        InputsError: There are no usable example inputs, or the data do not fit.
         MissingExtraError: The extra ``onnx`` is not installed.
         OutputError: The file cannot be written.
     """
     require_module(model, "model")
-    _check_options(batch_sizes, tolerance)
+    config = config or ExportConfig()
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     runtime = require("onnxruntime", extra="onnx")
@@ -78,42 +114,26 @@ def export_onnx(
     # In the order of the signature: the exporter mixes up arguments that are given by name in another one.
     bound = inspect.signature(plain.forward).bind(*example.args, **example.kwargs)
     example = Example(bound.args, bound.kwargs)
-    exported = folding.fold(plain, example_inputs=example) if fold else plain
-    proto = onnx_program(exported, example, opset=opset, name=type(model).__name__)
-    written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset is not None and written != opset:
-        raise ExportError(
-            f"opset={opset} cannot be had: the exporter writes opset {written} for {type(model).__name__} and "
-            "cannot bring that down. Leave opset out, or pass a later one."
-        )
-    _describe(proto, model)
+    proto = _checked_program(model, plain, example, config)
     reference = model if _is_float32_cpu(model) else plain
     with atomic_file(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
         _check_file(onnx, temporary)
-        batches = compare_in_onnxruntime(runtime, temporary, reference, example, batch_sizes)
+        session = open_session(runtime, temporary)
+        batches = compare_on_examples(session, reference, example, config.batch_sizes, config.dynamic_size)
+        if data is not None:
+            batches += (compare_on_data(session, reference, data, example),)
         check = ExportCheck(
             path=Path(path),
             bytes=temporary.stat().st_size,
-            opset=written,
-            tolerance=tolerance,
+            opset=opset_of(proto),
+            tolerance=config.tolerance,
+            agreement=config.agreement,
             batches=batches,
             ops=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
         )
-        if not check.relative <= tolerance:
-            raise ExportError(
-                f"path={str(path)!r} is not written: onnxruntime and {type(model).__name__} part by "
-                f"{check.relative:.3g} of the largest output, more than tolerance={tolerance:g}.\n{check.table()}\n"
-                "Try another opset, or raise the tolerance if the model is chaotic by nature."
-            )
+        _check_parity(check, type(model).__name__)
     return check
-
-
-def _check_options(batch_sizes: Sequence[int], tolerance: float) -> None:
-    if not batch_sizes or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in batch_sizes):
-        raise OptionError(f"batch_sizes={batch_sizes!r} must be whole numbers ≥ 1, such as (1, 2, 5).")
-    if not 0 < tolerance < 1:
-        raise OptionError(f"tolerance={tolerance!r} is a share of the largest output: use a number like 1e-3.")
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:
@@ -124,7 +144,27 @@ def _plain_copy(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has {size:,} bytes of weights: one ONNX file holds at most {_MAX_BYTES:,}. "
             "Convert it with a higher ratio."
         )
+    if isinstance(plan := getattr(model, "ghostify_plan", None), Plan):
+        plain.ghostify_plan = plan  # type: ignore[assignment]  # which a copied GraphModule has lost
     return plain
+
+
+def _checked_program(model: nn.Module, plain: nn.Module, example: Example, config: ExportConfig) -> Any:
+    """The ``onnx.ModelProto``, with operators and version as they should be, and with its notes."""
+    name = type(model).__name__
+    exported = folding.fold(plain, example_inputs=example) if config.fold else plain
+    proto = onnx_program(exported, example, opset=config.opset, dynamic_size=config.dynamic_size, name=name)
+    if config.opset is not None and (written := opset_of(proto)) != config.opset:
+        raise ExportError(
+            f"opset={config.opset} cannot be had: the exporter writes opset {written} for {name} and "
+            "cannot bring that down. Leave opset out, or pass a later one."
+        )
+    plan = getattr(model, "ghostify_plan", None)
+    check_operators(proto.graph, exported, plan if isinstance(plan, Plan) else None)
+    write_notes(proto, model)
+    if (size := proto.ByteSize()) > _MAX_BYTES:
+        raise ExportError(f"{name} takes {size:,} bytes: one ONNX file holds at most {_MAX_BYTES:,}.")
+    return proto
 
 
 def _is_float32_cpu(model: nn.Module) -> bool:
@@ -132,26 +172,26 @@ def _is_float32_cpu(model: nn.Module) -> bool:
     return all(t.device.type == "cpu" and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors)
 
 
-def _describe(proto: Any, model: nn.Module) -> None:
-    """Say who wrote the file; drop the exporter's notes, which hold paths and source lines of this machine."""
-    graphs = [proto.graph, *proto.functions]
-    for graph in graphs:
-        parts = [*graph.node, *graph.value_info]
-        if graph is proto.graph:
-            parts += [*graph.input, *graph.output, *graph.initializer]
-        for part in (graph, *parts):
-            del part.metadata_props[:]
-            part.doc_string = ""
-    plan = getattr(model, "ghostify_plan", None)
-    properties = {"ghostify.version": ghostify_version(), "ghostify.model": type(model).__name__}
-    if isinstance(plan, Plan):
-        properties["ghostify.base_fingerprint"] = plan.fingerprint
-    for key, value in properties.items():
-        proto.metadata_props.add(key=key, value=value)
-
-
 def _check_file(onnx: Any, file: Path) -> None:
     try:
         onnx.checker.check_model(file, full_check=True)  # with shape inference
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"The exporter wrote invalid ONNX: {error}. Try another opset.") from error
+
+
+def _check_parity(check: ExportCheck, name: str) -> None:
+    where = f"path={str(check.path)!r} is not written: onnxruntime and {name}"
+    if not check.relative <= check.tolerance:
+        raise ExportError(
+            f"{where} part by {check.relative:.3g} of the largest output, more than tolerance={check.tolerance:g}. "
+            "Try another opset, or raise the tolerance if the model is chaotic by nature.",
+            check,
+        )
+    seen: BatchCheck | None = next((batch for batch in check.batches if batch.source == "data"), None)
+    if seen is not None and seen.top1 is not None and seen.top1 < check.agreement:
+        raise ExportError(
+            f"{where} tell the same class for {seen.top1:.2%} of {seen.batch:,} examples of the data, less than "
+            f"agreement={check.agreement:g}. Look whether the model's scores are nearly equal there; else lower "
+            "agreement, or try another opset.",
+            check,
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
 
-from ghostify.backends.onnx_program import named_outputs, with_batch
-from ghostify.errors import ExportError, TraceError
+from ghostify.backends.onnx_program import named_outputs, with_batch, with_size
+from ghostify.errors import ExportError, InputsError, TraceError
 from ghostify.tracing.example import Example
+
+# Pixels by which the other size is larger, each side by another number, so that none is taken for the other;
+# multiples of 32, because networks that halve their maps five times may need that.
+_LARGER = (32, 64, 96)
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,8 @@ class BatchCheck:
     """How far onnxruntime is from the model on one batch.
 
     Attributes:
-        batch: Examples in the batch.
-        source: ``random`` or ``example``.
+        batch: Examples in the batch; of ``data`` all together.
+        source: ``random``, that with another size, ``example`` or ``data``.
         absolute: Largest absolute difference over all outputs.
         relative: Largest difference of an output tensor divided by the largest value in it.
         top1: Share of examples with the same highest score, in ``[0, 1]``; ``None`` where the first
@@ -47,6 +53,7 @@ class ExportCheck:
         bytes: Its size.
         opset: Version of the operator set.
         tolerance: Largest relative error that was allowed.
+        agreement: Least share of the data that had to be told the same class.
         batches: One entry for every batch that was compared.
         ops: How often each operator occurs, most frequent first.
     """
@@ -55,6 +62,7 @@ class ExportCheck:
     bytes: int
     opset: int
     tolerance: float
+    agreement: float
     batches: tuple[BatchCheck, ...]
     ops: dict[str, int]
 
@@ -72,44 +80,108 @@ class ExportCheck:
         """The errors by batch, in any format that tabulate knows."""
         return _table(self.batches, style)
 
+    def to_json(self) -> str:
+        """Everything as JSON text; infinite errors as ``Infinity``."""
+        return json.dumps(dataclasses.asdict(self), indent=1, default=str)
+
     def __str__(self) -> str:
         ops = ", ".join(f"{name} {count}" for name, count in self.ops.items())
         return f"{self.path} ({self.bytes:,} bytes, opset {self.opset})\n{self.table()}\noperators: {ops}"
 
 
-def compare_in_onnxruntime(
-    runtime: Any, file: Path, reference: nn.Module, example: Example, batch_sizes: Sequence[int]
-) -> tuple[BatchCheck, ...]:
-    """Run file and model side by side, on random batches and on the example itself.
+def open_session(runtime: Any, file: Path) -> Any:
+    """Load a file into onnxruntime, on the CPU.
 
     Args:
         runtime: The module ``onnxruntime``.
         file: The ONNX file.
-        reference: The model.
-        example: Its example inputs.
-        batch_sizes: Sizes of the random batches.
 
     Raises:
-        ExportError: The file does not load or run, or its inputs or shapes are not the model's.
+        ExportError: It does not load.
     """
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     try:
-        session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class that is public
         raise ExportError(f"onnxruntime cannot load the exported file: {error}. Try another opset.") from error
+
+
+def compare_on_examples(
+    session: Any, reference: nn.Module, example: Example, batch_sizes: Sequence[int], other_size: bool = False
+) -> tuple[BatchCheck, ...]:
+    """Run file and model side by side, on random batches and on the example itself.
+
+    Args:
+        session: Of the file.
+        reference: The model.
+        example: Its example inputs.
+        batch_sizes: Sizes of the random batches.
+        other_size: Whether to compare on larger maps, too.
+
+    Raises:
+        ExportError: The file does not run, or its inputs or shapes are not the model's.
+    """
     generator = torch.Generator().manual_seed(0)
     runs = [("random", with_batch(example, batch, generator)) for batch in batch_sizes]
+    if other_size:
+        larger = with_size(example, _LARGER, generator)
+        runs.append((f"random {'×'.join(map(str, larger.tensors()[0].shape[1:]))}", larger))
     return tuple(_check_batch(session, reference, source, run) for source, run in [*runs, ("example", example)])
 
 
+def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], example: Example) -> BatchCheck:
+    """Run file and model side by side on real inputs.
+
+    Args:
+        session: Of the file.
+        reference: The model; it takes one tensor.
+        data: Batches ``(n, …)``, or ``(inputs, targets)``.
+        example: The example inputs, whose number of dimensions a batch has.
+
+    Returns:
+        The largest errors of all batches together, and how many examples have the same highest score.
+
+    Raises:
+        InputsError: The data are empty, or do not fit the model.
+        ExportError: The file does not run, or its shapes are not the model's.
+    """
+    if len(example.tensors()) != 1:
+        raise InputsError(
+            f"data can be compared for models of one input; this one takes {len(example.tensors())}. Pass data=None."
+        )
+    dims = example.tensors()[0].dim()
+    checks = []
+    for number, batch in enumerate(data):
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(inputs, Tensor) or inputs.dim() != dims or not len(inputs):
+            told = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise InputsError(
+                f"data: batch {number} holds {told}, and the example inputs have {dims} dimensions. Give batches of "
+                "inputs, or (inputs, targets), as a DataLoader does."
+            )
+        given = Example((inputs,)).to(reference)
+        checks.append(_check_batch(session, reference, f"batch {number} of the data", given))
+    if not checks:
+        raise InputsError("data holds no batch. Pass an iterable of batches that was not used up before.")
+    examples = sum(check.batch for check in checks)
+    same = [check.top1 * check.batch for check in checks if check.top1 is not None]
+    return BatchCheck(
+        examples,
+        "data",
+        max(check.absolute for check in checks),
+        max(check.relative for check in checks),
+        sum(same) / examples if len(same) == len(checks) else None,
+    )
+
+
 def _check_batch(session: Any, reference: nn.Module, source: str, inputs: Example) -> BatchCheck:
+    where = f"a batch of {inputs.batch} ({source})"
     try:
         expected = {name: value.cpu().numpy() for name, value in named_outputs(inputs.run(reference)).items()}
     except TraceError as error:
-        raise ExportError(
-            f"The model itself fails on a batch of {inputs.batch} ({source}): {error} Or give other batch_sizes."
-        ) from error
+        advice = "export it for one size, without dynamic_size" if "×" in source else "give other batch_sizes"
+        raise ExportError(f"The model itself fails on {where}: {error} Or {advice}.") from error
     names = [entry.name for entry in session.get_inputs()]
     tensors = inputs.tensors()
     if len(names) != len(tensors):
@@ -118,15 +190,15 @@ def _check_batch(session: Any, reference: nn.Module, source: str, inputs: Exampl
             "tensors. Leave out those that the model does not use."
         )
     try:
-        outputs = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
+        outputs = session.run(None, {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)})
     except Exception as error:
-        raise ExportError(f"onnxruntime fails on a batch of {inputs.batch} ({source}): {error}") from error
+        raise ExportError(f"onnxruntime fails on {where}: {error}") from error
     absolute = relative = 0.0
     for (name, wanted), found in zip(expected.items(), outputs, strict=True):
         if wanted.shape != found.shape:
             raise ExportError(
-                f"Output {name!r} of the exported file has shape {found.shape}, the model's {wanted.shape}, on a batch "
-                f"of {inputs.batch} ({source}): the batch is not dynamic there."
+                f"Output {name!r} of the exported file has shape {found.shape}, the model's {wanted.shape}, on "
+                f"{where}: the batch or the size is not dynamic there."
             )
         difference = _largest_difference(wanted, found)
         scale = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0))
@@ -150,5 +222,5 @@ def _table(batches: Sequence[BatchCheck], style: str) -> str:
         [b.source, b.batch, f"{b.absolute:.2e}", f"{b.relative:.2e}", "" if b.top1 is None else f"{b.top1:.1%}"]
         for b in batches
     ]
-    headers = ["inputs", "batch", "max abs error", "max rel error", "same top-1"]
+    headers = ["inputs", "examples", "max abs error", "max rel error", "same top-1"]
     return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)

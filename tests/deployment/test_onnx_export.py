@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ import torch
 from deployment_nets import SmallNet, make_net
 from torch import Tensor, nn
 
-from ghostify.deployment import ExportCheck, export_onnx, onnx_export
+from ghostify.deployment import ExportCheck, ExportConfig, export_onnx, onnx_export
 from ghostify.deployment.parity import _largest_difference
 from ghostify.errors import ExportError, InputsError, MissingExtraError, OptionError, OutputError, TraceError
 
@@ -37,7 +38,7 @@ def test_the_file_computes_the_same_on_a_batch_that_was_not_checked(exported: tu
     small, check = exported
     session = onnxruntime.InferenceSession(check.path)
     images = torch.randn(7, 3, 12, 12, generator=torch.Generator().manual_seed(2))
-    (found,) = session.run(["output"], {"x": images.numpy()})
+    (found,) = session.run(["output"], {"input": images.numpy()})
     with torch.no_grad():
         wanted = copy.deepcopy(small).eval()(images).numpy()
     assert found.shape == (7, 5)
@@ -77,7 +78,7 @@ def test_the_file_is_described_and_tells_nothing_of_this_machine(exported: tuple
     assert properties["ghostify.model"] == "SmallNet"
     assert properties["ghostify.base_fingerprint"] == small.ghostify_plan.fingerprint
     assert properties["ghostify.version"]
-    assert [entry.name for entry in proto.graph.input] == ["x"]
+    assert [entry.name for entry in proto.graph.input] == ["input"]
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert str(Path(__file__).parent).encode() not in check.path.read_bytes()
 
@@ -154,10 +155,12 @@ def test_whole_numbers_are_repeated_and_not_invented(tmp_path: Path) -> None:
 def test_half_precision_and_channels_last_become_a_plain_float32_file(tmp_path: Path, images: Tensor) -> None:
     net = make_net().to(torch.bfloat16, memory_format=torch.channels_last)
     images = images.to(memory_format=torch.channels_last)
-    check = export_onnx(net, tmp_path / "net.onnx", example_inputs=images, batch_sizes=[2])
+    check = export_onnx(net, tmp_path / "net.onnx", example_inputs=images, config=ExportConfig(batch_sizes=[2]))
     graph = onnx.load(check.path).graph
     assert {entry.data_type for entry in graph.initializer} <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
-    export_onnx(make_net(), tmp_path / "plain.onnx", example_inputs=images.contiguous(), batch_sizes=[2])
+    export_onnx(
+        make_net(), tmp_path / "plain.onnx", example_inputs=images.contiguous(), config=ExportConfig(batch_sizes=[2])
+    )
     assert graph.node == onnx.load(tmp_path / "plain.onnx").graph.node
     assert net.head.weight.dtype == torch.bfloat16
     assert not net.stem.weight.is_contiguous()
@@ -195,10 +198,12 @@ def test_inputs_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [{"batch_sizes": ()}, {"batch_sizes": (0,)}, {"tolerance": 0.0}])
-def test_options_out_of_range_are_refused(options: dict[str, object], tmp_path: Path, images: Tensor) -> None:
+@pytest.mark.parametrize(
+    "options", [{"batch_sizes": ()}, {"batch_sizes": (0,)}, {"tolerance": 0.0}, {"agreement": 99.0}]
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
-        export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=images, **options)  # type: ignore[arg-type]
+        ExportConfig(**options)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +212,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, images: Tensor, monkeypatch:
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left on device"):
-        export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=images, batch_sizes=[1])
+        export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=images, config=ExportConfig(batch_sizes=[1]))
     assert not list(tmp_path.iterdir())
 
 
@@ -217,7 +222,7 @@ def test_nothing_is_printed_and_loggers_keep_their_levels(
     level = logging.getLogger("torch.onnx").level
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=images, batch_sizes=[1])
+        export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=images, config=ExportConfig(batch_sizes=[1]))
     out, err = capfd.readouterr()
     assert out + err == ""
     assert logging.getLogger("torch.onnx").level == level
@@ -225,7 +230,7 @@ def test_nothing_is_printed_and_loggers_keep_their_levels(
 
 def test_exporting_leaves_the_random_state_alone(tmp_path: Path, images: Tensor) -> None:
     before = torch.get_rng_state()
-    export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=images, batch_sizes=[1])
+    export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=images, config=ExportConfig(batch_sizes=[1]))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -259,8 +264,8 @@ def test_importing_the_stage_imports_no_optional_package() -> None:
 def test_an_operator_set_is_what_was_asked_for_or_an_error(
     converted: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
-    check = export_onnx(converted, tmp_path / "m.onnx", example_inputs=images, opset=20)
+    check = export_onnx(converted, tmp_path / "m.onnx", example_inputs=images, config=ExportConfig(opset=20))
     assert check.opset == onnx.load(tmp_path / "m.onnx").opset_import[0].version == 20
     with pytest.raises(ExportError, match="opset=9 cannot be had: the exporter writes opset 18"):
-        export_onnx(converted, tmp_path / "old.onnx", example_inputs=images, opset=9)
+        export_onnx(converted, tmp_path / "old.onnx", example_inputs=images, config=ExportConfig(opset=9))
     assert not (tmp_path / "old.onnx").exists()

@@ -1,0 +1,83 @@
+"""The sub-commands export and describe."""
+
+import json
+import sys
+
+import onnx
+import pytest
+import torch
+
+from ghostify.cli import main
+from ghostify.conversion import convert
+from ghostify.deployment import save
+from ghostify.spec import Plan
+
+NET = "from ghostify.nn.cifar import CifarResNet\ndef net():\n    return CifarResNet(1, in_channels=1)\n"
+DATA = """
+import torch
+from ghostify.distillation import Splits
+def images():
+    batches = [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
+    return Splits(train=batches, val=batches, load_test=lambda: batches, name="images")
+"""
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch, capsys):
+    """Run the command in this process, beside a student: status, standard output, standard error."""
+    from ghostify.nn.cifar import CifarResNet
+
+    (tmp_path / "nets.py").write_text(NET)
+    (tmp_path / "pictures.py").write_text(DATA)
+    save(convert(CifarResNet(1, in_channels=1), ratio=2, example_inputs=torch.zeros(1, 1, 8, 8)), tmp_path / "small")
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ghostify", *map(str, arguments)])
+        monkeypatch.setattr("warnings.showwarning", None)  # given back afterwards
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return call
+
+
+EXPORT = ("export", "nets.py:net", "small", "--input-shape", "1,8,8", "--out", "small.onnx")
+
+
+def test_export_on_data_with_dynamic_size_and_describe(called, tmp_path):
+    status, out, error = called(*EXPORT, "--data", "pictures:images", "--dynamic-size", "--json")
+    assert status == 0, error
+    check = json.loads(out)
+    assert [batch["source"] for batch in check["batches"]][-3:] == ["random 1×40×72", "example", "data"]
+    assert check["batches"][-1]["top1"] == 1.0
+    sides = onnx.load(tmp_path / "small.onnx").graph.input[0].type.tensor_type.shape.dim
+    assert [side.dim_param for side in sides] == ["batch", "", "height", "width"]
+    status, out, _ = called("describe", "small.onnx")
+    assert status == 0
+    assert "input   input  batch×1×height×width" in out
+    assert "CifarResNet: 6 of 7 convolutions become Ghost units" in out
+    status, out, _ = called("describe", "small.onnx", "--json")
+    assert Plan.from_json(json.dumps(json.loads(out)["plan"])).replaced
+
+
+@pytest.mark.parametrize("style", ["table", "json"])
+def test_a_gate_that_fails_shows_the_table_and_ends_with_status_1(called, tmp_path, style):
+    status, out, error = called(*EXPORT, "--tolerance", "1e-12", *(["--json"] if style == "json" else []))
+    assert status == 1
+    assert error.startswith("ghostify: path='small.onnx' is not written")
+    assert error.count("\n") == 1
+    if style == "json":
+        assert json.loads(out)["tolerance"] == 1e-12
+    else:
+        assert out.startswith("inputs    examples    max abs error")
+        assert len(out.splitlines()) == 6
+    assert not (tmp_path / "small.onnx").exists()
+
+
+def test_what_is_no_onnx_is_an_error_in_one_line(called):
+    status, out, error = called("describe", "nets.py")
+    assert (status, out) == (1, "")
+    assert "no ONNX file" in error
