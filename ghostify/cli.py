@@ -29,6 +29,7 @@ from ghostify.cli_options import (  # fmt: skip
     Pretrained,
     Ratio,
     Seed,
+    Sensitivity,
     Shape,
     Skip,
     Student,
@@ -81,6 +82,7 @@ def plan_command(
     budget: BudgetTexts = None,
     backend: BackendName = None,
     threads: Threads = 1,
+    sensitivity: Sensitivity = "explained",
     calibration: CalibrationData = None,
     images: Images = 512,
     weights: Weights = None,
@@ -101,6 +103,7 @@ def plan_command(
         keep=keep,
         budget=limits,
         backend=chosen_backend(backend, threads, limits),
+        sensitivity=sensitivity,
         calibration=inputs,
     )
     if out is not None:
@@ -127,6 +130,7 @@ def convert_command(
     budget: BudgetTexts = None,
     backend: BackendName = None,
     threads: Threads = 1,
+    sensitivity: Sensitivity = "explained",
     calibration: CalibrationData = None,
     images: Images = 512,
     initialiser: Annotated[str | None, typer.Option(help=f"one of {', '.join(INITIALISERS)}")] = None,
@@ -153,6 +157,7 @@ def convert_command(
             keep=keep,
             budget=limits,
             backend=chosen_backend(backend, threads, limits),
+            sensitivity=sensitivity,
             calibration=inputs if keep is not None or budget else None,
         )
     student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)

@@ -50,6 +50,14 @@ BackendName = Annotated[
         f"one of {', '.join(RUNNERS)}; onnxruntime if latency is limited",
     ),
 ]
+Sensitivity = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        help="with --budget: what a layer's loss counts: explained (its variance) or measured (what the answers lose when "
+        "it alone is replaced; needs --calibration)",
+    ),
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="processor threads of the backend")]
 CalibrationData = Annotated[
     str | None, typer.Option("--calibration", help="data set to measure and start the new layers on, as --data")

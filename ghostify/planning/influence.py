@@ -114,8 +114,8 @@ def _divergence(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     total = 0.0
     for new, old in zip(made, wanted, strict=True):
         if old.dim() == 2 and old.shape[1] > 1:
-            a, b = ((scores / _TEMPERATURE).log_softmax(1) for scores in (old, new))
-            total += float(F.kl_div(b, a, log_target=True, reduction="batchmean"))
+            a, b = ((scores.double() / _TEMPERATURE).log_softmax(1) for scores in (old, new))
+            total += max(0.0, float(F.kl_div(b, a, log_target=True, reduction="batchmean")))
         else:
             total += float((new - old).square().sum() / old.square().sum().clamp_min(1e-12))
     return total
