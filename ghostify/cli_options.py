@@ -54,8 +54,8 @@ Sensitivity = Annotated[
     str,
     typer.Option(
         "--sensitivity",
-        help="with --budget: what a layer's loss counts: explained (its variance) or measured (what the answers lose when "
-        "it alone is replaced; needs --calibration)",
+        help="with --budget: what a layer's loss counts: explained (its variance) or measured (what the answers lose "
+        "when it alone is replaced; needs --calibration)",
     ),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="processor threads of the backend")]
