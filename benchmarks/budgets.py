@@ -4,8 +4,8 @@
     python -m benchmarks.budgets --network mobilenet_v2 --images 128 --ratio 1.25 --imagenet weights/
     python -m benchmarks.budgets --report-only
 
-`uniform` is one ratio wherever it saves; `explained` and `measured` are budgets of as many MACs, by what each layer loses
-of its variance or by what the network's answers lose. Networks, images and schedules are those of
+`uniform` is one ratio wherever it saves; `explained` and `measured` are budgets of as many MACs, by what each layer
+loses of its variance or by what the network's answers lose. Networks, images and schedules are those of
 benchmarks/initialisation.py. Rows go to docs/budgets.json, the table to docs/initialisation.md.
 """
 
