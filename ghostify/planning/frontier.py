@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,8 @@ from torch import nn
 
 from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError
+from ghostify.extras import require
+from ghostify.files import atomic_file
 from ghostify.planning.budget import KEYS, check_budget_options, original_costs, smallest, within_budget
 from ghostify.planning.goal import Goal
 from ghostify.planning.planner import (  # fmt: skip
@@ -74,6 +78,27 @@ class Frontier:
         ]
         headers = [f"{self.key} left", "damage", "Ghost units", "MACs", "params"]
         return tabulate(rows, headers=headers, disable_numparse=True, colalign=["right"] * 5)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw damage against what is left of the cost, into a file whose name ends in ``.svg`` or ``.png``.
+
+        Args:
+            path: The file.
+
+        Raises:
+            MissingExtraError: The extra ``report`` is not installed.
+            OutputError: The file cannot be written.
+        """
+        kind = Path(path).suffix.removeprefix(".")
+        if kind not in ("svg", "png"):
+            raise OptionError(f"path={str(path)!r} ends neither in .svg nor in .png. Name the file so.")
+        figure = require("matplotlib.figure", extra="report").Figure((6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([100 * point.fraction for point in self], [point.damage for point in self], marker="o")
+        axes.set(xlabel=f"{self.key} left, %", ylabel="damage, estimated")
+        axes.grid(alpha=0.3)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format=kind)
 
 
 def frontier(

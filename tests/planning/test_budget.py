@@ -264,3 +264,15 @@ def test_a_fraction_is_meant_in_decimals():
     assert budget._absolute("macs", 0.29, 100) == 29
     assert budget._absolute("macs", 1e-9, 100) == 0
     assert budget._absolute("macs", 2e6, 100) == 2_000_000
+
+
+def test_the_frontier_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    curve = frontier(net(), points=3, calibration=IMAGES)
+    curve.plot(tmp_path / "curve.svg")
+    curve.plot(tmp_path / "curve.png")
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OptionError, match=r"curve\.pdf' ends neither in \.svg"):
+        curve.plot(tmp_path / "curve.pdf")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curve.png", "curve.svg"]
