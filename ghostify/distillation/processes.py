@@ -143,7 +143,9 @@ def read_epoch(
         set_epoch(epoch - 1)
     begun = 0
     if first and callable(starting_at := getattr(data, "starting_at", None)):
-        data, begun = starting_at(first), first
+        # At the last batch at least: a process without rows of the batch to go on with needs another in its place.
+        begun = min(first, len(data) - 1) if is_part else first  # type: ignore[arg-type]
+        data = starting_at(begun)
     batches, step, value = iter(data), begun, None
     while True:
         reseed(seed, epoch, step + 1, device)

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ghostify.distillation import DistillConfig, ImageBatches, distill
 from ghostify.distillation import training as training_module
 from ghostify.distillation.learning import swapped_norms
-from ghostify.distillation.processes import Processes
+from ghostify.distillation.processes import Processes, read_epoch
 from ghostify.errors import OptionError, TrainingError
 
 
@@ -127,6 +127,15 @@ def test_rows_of_all_processes_are_the_batch() -> None:
     for size in range(9):
         rows = [list(range(size))[Processes(rank, 4).rows(size)] for rank in range(4)]
         assert [row for part in rows for row in part] == list(range(size))
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_all_processes_take_part_in_every_step_wherever_they_go_on(first: int) -> None:
+    data = batches(49)  # the last batch has one image, for two processes
+    for rank in range(2):
+        items = list(read_epoch(data, 1, first, processes=Processes(rank, 2), seed=0, device=torch.device("cpu")))
+        assert [item.step for item in items] == list(range(first, 4))
+        assert [item.counts for item in items] == [rank == 0 or step < 3 for step in range(first, 4)]
 
 
 class FrozenNorm(nn.BatchNorm2d):
