@@ -1,5 +1,6 @@
 """How a student learns: in parts, in several processes, with averages, and when it stops."""
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ghostify.distillation import DistillConfig, ImageBatches, distill
+from ghostify.distillation import DistillConfig, FeatureTaps, ImageBatches, distill
 from ghostify.distillation import training as training_module
 from ghostify.distillation.learning import swapped_norms
 from ghostify.distillation.processes import Processes, read_epoch
@@ -96,6 +97,16 @@ def test_features_teach_where_scores_say_nothing() -> None:
     config = DistillConfig(lr=0.1, loss=nothing, features=("0",))
     distill(student, teacher=network(1), data=batches(), epochs=10, config=config)
     assert error(student) < 0.2 * before
+
+
+def test_maps_of_an_average_are_not_held_and_no_teacher_is_copied_with_it() -> None:
+    student, teacher = network(2), network(1)
+    with FeatureTaps(student, teacher, ("0",)) as taps:
+        average = copy.deepcopy(student)
+        for x, _ in batches():  # as in a validation
+            average(x)
+        assert taps._taps[0].given == []
+        assert not any(hasattr(hook, "__self__") for hook in average._forward_pre_hooks.values())
 
 
 def test_a_teacher_that_guesses_is_found_before_the_first_step() -> None:
