@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import sys
 
@@ -71,6 +72,22 @@ def test_a_limit_holds_to_the_last_unit():
     choice, _ = least_damage([[0.0, 0.5, 1.0], [0.0]], [[[0], [-huge + 1], [-huge]], [[huge]]], [0])
     assert choice == [2, 0]
     assert least_damage([[0.0, 1.0]], [[[0], [-huge]]], [-huge - 1]) is None
+
+
+def test_lines_of_the_solver_do_not_get_between_json(monkeypatch, capfd):
+    solve = budget.milp
+
+    def telling(*arguments, **options):
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(budget, "milp", telling)
+    print("before")
+    assert least_damage([[0.0, 1.0]], [[[0], [-2]]], [-1]) == ([1], 0.0)
+    os.write(1, b"after\n")
+    shown = capfd.readouterr()
+    assert shown.out == "before\nafter\n"
+    assert shown.err.startswith("HighsMip")
 
 
 @pytest.mark.parametrize("limits", [{"macs": 0.7}, {"params": 0.5}, {"macs": 0.8, "params": 0.6, "size_bytes": 0.9}])
