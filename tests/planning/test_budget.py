@@ -1,5 +1,6 @@
 """Ratios by a budget: exact, met from below, and told what can be reached."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from ghostify.nn.cifar import CifarResNet
 from ghostify.planning import budget, frontier, planner
 from ghostify.planning.budget import least_damage
 from ghostify.planning.keeping import RATIOS
+from ghostify.tracing import trace
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -132,6 +134,20 @@ def test_a_limit_out_of_reach_tells_the_smallest_that_is_not():
         planned({"macs": least - 1})
     with pytest.raises(BudgetError, match=r"\(each alone\) is macs=[\d.]+ .*params=[\d.]+ "):
         planned({"macs": 0.9, "params": 10})
+
+
+def test_limits_that_can_be_met_but_not_together_are_told_so():
+    facts, made = trace(net(), IMAGES[:1]), planned({"macs": 0.9}).replaced[0]
+    saved = [(9_000, 1), (1_000, 9)]  # what saves most of the one saves least of the other
+    options = [
+        dataclasses.replace(made, macs_after=made.macs_before - macs, params_after=made.params_before - params)
+        for macs, params in saved
+    ]
+    limits = {"macs": facts.count.macs - 8_000, "params": facts.params - 8}
+    with pytest.raises(BudgetError, match=r"each of them can be met, but not together; the smallest .*\(each alone\)"):
+        budget.within_budget([options], limits, facts)
+    met = budget.within_budget([options], {"macs": limits["macs"]}, facts)
+    assert (met.left["macs"] * facts.count.macs, met.decisions) == (facts.count.macs - 9_000, [options[0]])
 
 
 def test_the_same_plan_every_time_and_through_json():
