@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -233,6 +234,30 @@ def test_frontiers_that_cannot_be(options, told):
         frontier(net(), calibration=IMAGES, **options)
     with pytest.raises(NothingToConvertError):
         frontier(net(), calibration=IMAGES, skip="*")
+
+
+class Functional(nn.Module):
+    """Two convolutions that are modules, and one that is a function."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.one = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(F.conv2d(self.one(self.stem(x)), self.weight).mean((2, 3)))
+
+
+def test_a_point_of_the_frontier_that_leaves_functions_alone_leaves_the_class():
+    model = Functional().eval()
+    curve = frontier(model, points=[0.7, 0.9], calibration=IMAGES, skip="weight*")
+    for point, limit in zip(curve, (0.7, 0.9)):
+        assert point.plan == ghostify.plan(model, budget={"macs": limit}, calibration=IMAGES, skip="weight*")
+        assert type(ghostify.apply(point.plan, model)) is Functional
+    (graph,) = frontier(model, points=[0.5], calibration=IMAGES)
+    assert graph.plan.lifted
 
 
 class Flat(nn.Module):
