@@ -23,7 +23,7 @@ from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
 from ghostify.distillation.optimisation import learning_rate, uses_bf16
-from ghostify.distillation.preflight import check_batch, check_models, check_teacher, first_batch
+from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
 from ghostify.distillation.processes import launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state, reseed
@@ -155,6 +155,7 @@ def distill(
                 if batches is not None:
                     batch = first_batch(batches, reader, name)
                     classes = check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
+                    check_classes(classes, config)
                     if taps is not None:
                         with torch.no_grad():
                             taps.loss(config.feature_loss)

@@ -122,6 +122,16 @@ def test_a_teacher_that_guesses_is_found_before_the_first_step() -> None:
         distill(student, teacher=network(1), data=batches(), val=batches(400))
 
 
+@pytest.mark.parametrize("loss", ["kd", "dist"])
+def test_one_score_has_no_probability_to_learn(loss: str) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    student, teacher = nn.Linear(4, 1), nn.Linear(4, 1)
+    with pytest.raises(OptionError, match=rf"loss='{loss}' compares .* one score, .* Pass loss='mse'"):
+        distill(student, teacher=teacher, data=[x], config=DistillConfig(loss=loss))
+    run = distill(student, teacher=teacher, data=[x], val=[x], epochs=9, config=DistillConfig(loss="mse"))
+    assert run.history[-1].val_loss < 0.5 * run.start.loss
+
+
 def test_synchronised_norms_share_everything_and_are_gone_afterwards() -> None:
     student = network(2, nn.BatchNorm2d)
     norm = student[1]
