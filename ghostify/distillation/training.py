@@ -106,14 +106,15 @@ def distill(
 
     # What can be known beforehand is checked beforehand.
     check_models(student, teacher, epochs)
-    steps_per_epoch = count_batches(data, "data")
-    if val is not None:
-        count_batches(val, "val")
-    elif config.patience is not None:
-        raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
-    steps = epochs * steps_per_epoch
     parameter = next(parameter for parameter in student.parameters() if parameter.requires_grad)
     device = parameter.device
+    with preserved_random_state(device):  # what has no length is gone through, and may draw
+        steps_per_epoch = count_batches(data, "data")
+        if val is not None:
+            count_batches(val, "val")
+        elif config.patience is not None:
+            raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
+    steps = epochs * steps_per_epoch
     processes = launched(device)
     reader = Reader(device, parameter.dtype, config.channels_last, uses_bf16(config.precision, device))
     steps_per_look = _steps_per_look(device)
