@@ -65,6 +65,30 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def check_position(self, epoch: int, step: int, device: torch.device) -> None:
+        """See that all processes go on at the same place.
+
+        Args:
+            epoch: Where this one does.
+            step: Steps of it that are done.
+            device: Where the models are.
+
+        Raises:
+            TrainingError: They do not: some found another state, or none.
+        """
+        if self.count == 1:
+            return
+        own = torch.tensor([epoch, step], device=device)
+        places = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(places, own)
+        for rank, place in enumerate(places):
+            if place.tolist() != places[0].tolist():
+                raise TrainingError(
+                    f"process {rank} goes on at epoch={place[0]}, step={place[1]}, and process 0 at "
+                    f"epoch={places[0][0]}, step={places[0][1]}. Give all of them the same folder as out, on a disk "
+                    "that all machines share."
+                )
+
     def rows(self, size: int) -> slice:
         """Which of the rows of a batch are this process's: parts of equal size, give or take one.
 

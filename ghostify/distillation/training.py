@@ -120,6 +120,7 @@ def distill(
     steps_per_look = _steps_per_look(device)
     states = None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, config)
     found = find_state(states, resume=resume)
+    processes.check_position(*((found[0].epoch, found[0].step) if found else (1, 0)), device)
 
     def soft_loss(scores: Tensor, wanted: Tensor) -> Tensor:
         return config.loss_function(scores, wanted, config.temperature)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ghostify.distillation import DistillConfig, FeatureTaps, ImageBatches, distill
+from ghostify.distillation import processes as processes_module
 from ghostify.distillation import training as training_module
 from ghostify.distillation.learning import swapped_norms
 from ghostify.distillation.processes import Processes, read_epoch
@@ -148,6 +149,19 @@ def test_rows_of_all_processes_are_the_batch() -> None:
     for size in range(9):
         rows = [list(range(size))[Processes(rank, 4).rows(size)] for rank in range(4)]
         assert [row for part in rows for row in part] == list(range(size))
+
+
+def test_processes_that_found_different_states_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(places: list[torch.Tensor], own: torch.Tensor) -> None:
+        for place, value in zip(places, [[5, 2], [5, 2], found], strict=True):
+            place.copy_(torch.tensor(value))
+
+    monkeypatch.setattr(processes_module.dist, "all_gather", gather)
+    found = [5, 2]
+    Processes(1, 3).check_position(5, 2, torch.device("cpu"))
+    found = [1, 0]  # on a machine that does not see the folder
+    with pytest.raises(TrainingError, match=r"process 2 goes on at epoch=1, step=0, and process 0 at epoch=5, step=2"):
+        Processes(1, 3).check_position(5, 2, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("first", range(5))
