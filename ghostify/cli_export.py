@@ -35,7 +35,7 @@ def export_command(
     config = ExportConfig(agreement=agreement, tolerance=tolerance, dynamic_size=dynamic_size, opset=opset)
     splits = None if data is None else load_data(data)
     example = sample(splits, 1) if splits is not None and input_shape is None else None
-    show_export(
+    check = checked_export(
         small,
         out,
         example=example_for(base, model, input_shape) if example is None else example,
@@ -43,6 +43,7 @@ def export_command(
         config=config,
         as_json=as_json,
     )
+    show(check.to_json() if as_json else str(check))
 
 
 def describe_command(
@@ -53,15 +54,14 @@ def describe_command(
     show(notes.to_json() if as_json else str(notes))
 
 
-def show_export(
+def checked_export(
     model: nn.Module, out: Path, *, example: Tensor, data: Iterable[Any] | None, config: ExportConfig, as_json: bool
-) -> None:
-    """Export a model, and print its check; one that failed is printed before the error goes on."""
+) -> ExportCheck:
+    """Export a model; a check that failed is printed before the error goes on."""
     try:
-        check: ExportCheck = export_onnx(model, out, example_inputs=example, data=data, config=config)
+        return export_onnx(model, out, example_inputs=example, data=data, config=config)
     except ExportError as error:
         if error.check is None:
             raise
         show(error.check.to_json() if as_json else error.check.table())
         raise ExportError(error.message) from error
-    show(check.to_json() if as_json else str(check))

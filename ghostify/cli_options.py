@@ -11,9 +11,11 @@ from torch import nn
 
 from ghostify.errors import OptionError
 from ghostify.planning import Budget, Override
-from ghostify.zoo import load_model
+from ghostify.zoo import is_onnx, load_model
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, package.module:factory or FILE.onnx")
+]
 Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a converted model")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="file of trained weights for MODEL")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="take the library's own trained weights")]
@@ -78,7 +80,7 @@ def read_budget(texts: list[str] | None) -> Budget | None:
 
 def trained(name: str, pretrained: bool, weights: Path | None) -> nn.Module:
     """Load a model; one that was given no weights may well be random, which is said."""
-    if weights is None and not pretrained:
+    if weights is None and not pretrained and not is_onnx(name):
         show(
             f"note: {name} has the weights that it is made with, which may be random: neither --weights nor "
             "--pretrained is given",
