@@ -103,9 +103,10 @@ def _efficientnet_lite0(file: Path) -> nn.Module:
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     """Share of images whose class is found, in percent."""
     right = total = 0
+    device = next(model.parameters()).device
     with torch.inference_mode():
         for images, labels in batches:
-            scores = model(images.contiguous(memory_format=torch.channels_last))
-            right += int((scores.argmax(1) == labels).sum())
+            scores = model(images.to(device, memory_format=torch.channels_last))
+            right += int((scores.argmax(1).cpu() == labels).sum())
             total += len(labels)
     return 100 * right / total

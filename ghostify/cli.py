@@ -14,6 +14,7 @@ from ghostify.cli_distill import distill_command
 from ghostify.cli_export import checked_export, describe_command, export_command
 from ghostify.cli_inputs import calibration_images, example_for, sample
 from ghostify.cli_options import (  # fmt: skip
+    BackendName,
     BudgetTexts,
     CalibrationData,
     DwSize,
@@ -28,10 +29,13 @@ from ghostify.cli_options import (  # fmt: skip
     Pretrained,
     Ratio,
     Seed,
+    Sensitivity,
     Shape,
     Skip,
     Student,
+    Threads,
     Weights,
+    chosen_backend,
     read_budget,
     read_overrides,
     show,
@@ -76,6 +80,9 @@ def plan_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="store the plan in this JSON file")] = None,
     keep: Keep = None,
     budget: BudgetTexts = None,
+    backend: BackendName = None,
+    threads: Threads = 1,
+    sensitivity: Sensitivity = "explained",
     calibration: CalibrationData = None,
     images: Images = 512,
     weights: Weights = None,
@@ -86,6 +93,7 @@ def plan_command(
     """Show, before anything is changed, what happens to every convolution and what it saves."""
     network = load_model(model) if keep is None and not budget else trained(model, pretrained, weights)
     inputs = calibration_images(calibration, images, seed)
+    limits = read_budget(budget)
     made = plan(
         network,
         example_inputs=inputs[:1] if inputs is not None else example_for(network, model, input_shape),
@@ -93,7 +101,9 @@ def plan_command(
         skip=skip or (),
         overrides=read_overrides(override),
         keep=keep,
-        budget=read_budget(budget),
+        budget=limits,
+        backend=chosen_backend(backend, threads, limits),
+        sensitivity=sensitivity,
         calibration=inputs,
     )
     if out is not None:
@@ -118,6 +128,9 @@ def convert_command(
     override: Overrides = None,
     keep: Keep = None,
     budget: BudgetTexts = None,
+    backend: BackendName = None,
+    threads: Threads = 1,
+    sensitivity: Sensitivity = "explained",
     calibration: CalibrationData = None,
     images: Images = 512,
     initialiser: Annotated[str | None, typer.Option(help=f"one of {', '.join(INITIALISERS)}")] = None,
@@ -134,6 +147,7 @@ def convert_command(
     if plan_file is not None:
         made = Plan.from_json(_read(plan_file))
     else:
+        limits = read_budget(budget)
         made = plan(
             network,
             example_inputs=example,
@@ -141,7 +155,9 @@ def convert_command(
             skip=skip or (),
             overrides=read_overrides(override),
             keep=keep,
-            budget=read_budget(budget),
+            budget=limits,
+            backend=chosen_backend(backend, threads, limits),
+            sensitivity=sensitivity,
             calibration=inputs if keep is not None or budget else None,
         )
     student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)

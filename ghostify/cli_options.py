@@ -9,6 +9,7 @@ from typing import Annotated, TextIO
 import typer
 from torch import nn
 
+from ghostify.backends.runners import RUNNERS, Backend
 from ghostify.errors import OptionError
 from ghostify.planning import Budget, Override
 from ghostify.zoo import is_onnx, load_model
@@ -39,10 +40,27 @@ BudgetTexts = Annotated[
     list[str] | None,
     typer.Option(
         "--budget",
-        help="in place of --ratio: KEY=VALUE, what may be left of macs, params or size_bytes, as a fraction or a whole "
-        "number; repeatable; needs --calibration",
+        help="in place of --ratio: KEY=VALUE, what may be left of macs, params, size_bytes or latency, as a "
+        "fraction, a whole number, or milliseconds; repeatable",
     ),
 ]
+BackendName = Annotated[
+    str | None,
+    typer.Option(
+        "--backend",
+        help="with --budget: measure there, and replace no layer where it does not pay; "
+        f"one of {', '.join(RUNNERS)}; onnxruntime if latency is limited",
+    ),
+]
+Sensitivity = Annotated[
+    str,
+    typer.Option(
+        "--sensitivity",
+        help="with --budget: what a layer's loss counts: explained (its variance) or measured (what the answers lose "
+        "when it alone is replaced; needs --calibration)",
+    ),
+]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="processor threads of the backend")]
 CalibrationData = Annotated[
     str | None, typer.Option("--calibration", help="data set to measure and start the new layers on, as --data")
 ]
@@ -76,6 +94,17 @@ def read_budget(texts: list[str] | None) -> Budget | None:
         except ValueError as error:
             raise OptionError(f"budget={text!r} is not KEY=NUMBER. Write it as macs=0.5 or params=2000000.") from error
     return read or None
+
+
+def chosen_backend(name: str | None, threads: int, budget: Budget | None) -> Backend | None:
+    """The backend from its two options; that of a limited latency if only the threads are given."""
+    if name is not None:
+        return Backend(name, threads)
+    if budget is not None and "latency" in budget:
+        return Backend(threads=threads)
+    if threads != 1:
+        raise OptionError(f"threads={threads} is given without a backend. Add --backend or --budget latency=0.7.")
+    return None
 
 
 def trained(name: str, pretrained: bool, weights: Path | None) -> nn.Module:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import pydantic
-from tabulate import tabulate
 
+from ghostify import plan_text
 from ghostify.documents import STRICT, read_document
 from ghostify.errors import OptionError, PlanError
 
@@ -197,6 +197,8 @@ class Decision:
         order: Of its channels: ``folded`` into what reads them, ``shared`` by units and folded, or an ``index``.
         explained: Share of the layer's variance behind its norm that chosen channels and cheap kernels can make.
         error: Share of it that the started Ghost unit misses in the converted model.
+        damage: How far the network's answers are expected to part from the original's through it, if that was measured.
+        saved_ms: Milliseconds that it saves on the backend for which the plan was made, measured alone.
     """
 
     site: Site
@@ -209,6 +211,8 @@ class Decision:
     order: ChannelOrder = ""
     explained: float | None = None
     error: float | None = None
+    damage: float | None = None
+    saved_ms: float | None = None
 
     __pydantic_config__ = STRICT
 
@@ -216,6 +220,36 @@ class Decision:
     def replaced(self) -> bool:
         """Whether a Ghost unit takes the site's place."""
         return self.spec is not None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How long the converted model will take, from layers that were timed one by one.
+
+    Attributes:
+        backend: What it runs on.
+        threads: Processor threads.
+        device: The processor's name.
+        batch: Examples in the batch.
+        original_ms: Measured time of the original for the batch, milliseconds.
+        converted_ms: Expected time of the converted model.
+        noise_ms: Half the width of the 95 % interval of the sum that was measured.
+    """
+
+    backend: str
+    threads: int
+    device: str
+    batch: int
+    original_ms: float
+    converted_ms: float
+    noise_ms: float
+
+    __pydantic_config__ = STRICT
+
+    @property
+    def left(self) -> float:
+        """Expected time as a fraction of the original."""
+        return self.converted_ms / self.original_ms
 
 
 @dataclass(frozen=True)
@@ -238,6 +272,7 @@ class Plan:
         lifted: Convolutions that the model calls as functions; modules of a converted ``torch.fx.GraphModule``.
         arguments: Names of the arguments of the model's forward that the example inputs gave.
         budget: What was asked and what is reached, in lines to read; empty without a budget.
+        latency: How long the converted model will take, if that was measured.
     """
 
     model: str
@@ -252,6 +287,7 @@ class Plan:
     lifted: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     budget: tuple[str, ...] = ()
+    latency: Forecast | None = None
 
     __pydantic_config__ = STRICT
 
@@ -291,60 +327,14 @@ class Plan:
 
     def table(self, style: str = "simple") -> str:
         """All sites as a table, in any format that tabulate knows (``simple``, ``github``, ``html``, …)."""
-        measured = [name for name in ("explained", "error") if any(getattr(d, name) is not None for d in self)]
-        rows = [
-            [
-                d.site.name,
-                d.site.shape,
-                *(("ghost", str(d.spec)) if d.spec else ("keep", "")),
-                *(_arrow(*pair) for pair in ((d.params_before, d.params_after), (d.macs_before, d.macs_after))),
-                d.order,
-                *(_percent(getattr(d, name)) for name in measured),
-                d.reason,
-            ]
-            for d in self.decisions
-        ]
-        headers = ["site", "shape", "decision", "ratio", "params", "MACs", "order", *measured, "reason"]
-        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+        return plan_text.table(self, style)
 
     def summary(self) -> str:
         """The totals, and everything a reader must know to trust them."""
-        lines = [
-            f"{self.model}: {len(self.replaced)} of {len(self.decisions)} convolutions become Ghost units",
-            f"params  {_total(self.params, self.params_after)}",
-            f"MACs    {_total(self.macs, self.macs_after)}   (batch 1, convolutions and linear layers)",
-        ]
-        lines += [f"budget  {line}" for line in self.budget]
-        if self.trace_way == "recorded":
-            lines.append(f"facts   from a recorded run, because FX could not trace the model: {self.trace_note}")
-            lines.append("        (shapes and costs are as sure as with FX; what follows a layer is not known, so")
-            lines.append("        norms stay outside the units, and the output layer is not recognised)")
-        if self.lifted:
-            lines.append(
-                f"graph   changed: {len(self.lifted)} convolutions are called as functions, and become modules of a "
-                f"torch.fx.GraphModule: {', '.join(self.lifted)}"
-            )
-        if self.uncounted:
-            parts = (
-                f"{name} ({'unknown' if count is None else f'{count:,}'})" for name, count in self.uncounted.items()
-            )
-            lines.append(f"beside  operations outside this definition of MACs: {', '.join(parts)}")
-        return "\n".join(lines)
+        return plan_text.summary(self)
 
     def __str__(self) -> str:
         return f"{self.table()}\n\n{self.summary()}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
-
-
-def _arrow(before: int, after: int) -> str:
-    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
-
-
-def _total(before: int, after: int) -> str:
-    return f"{before:,} → {after:,}   ({before / after:.2f}× fewer)" if after else f"{before:,} → {after:,}"
 
 
 _PLAN_ADAPTER = pydantic.TypeAdapter(Plan)

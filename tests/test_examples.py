@@ -1,11 +1,17 @@
 """Every example is run, as a user would run it."""
 
+import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from ghostify.nn.cifar import resnet20
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -38,6 +44,34 @@ def test_comparison(tmp_path):
     assert "top-1 accuracy" in printed
     written = {path.suffix for path in (tmp_path / "comparison").iterdir()}
     assert written == {".html", ".md", ".json", ".csv"}
+
+
+def test_cifar10(tmp_path):
+    tiny_cifar10(tmp_path)
+    folders = ("--data", tmp_path, "--weights", tmp_path, "--out", tmp_path / "runs")
+    sizes = ("--epochs", 1, "--images", 2, "--val", 8, "--batch", 8)
+    run("cifar10.py", "--method", "random", "narrow", *sizes, *folders, folder=tmp_path)
+    rows = {path: json.loads(path.read_text()) for path in sorted((tmp_path / "runs").glob("*/row.json"))}
+    narrow, ghost = rows.values()  # by their folders' names
+    assert (narrow["method"], ghost["method"]) == ("narrow", "random")
+    assert narrow["macs"] == pytest.approx(ghost["macs"], rel=0.01)
+    assert len(ghost["validation"]) == 1
+
+
+def tiny_cifar10(folder):
+    """Random pictures in the layout of the real ones, and random weights."""
+    images, parquet = pytest.importorskip("PIL.Image"), pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        stored = []
+        for pixels in torch.randint(256, (24, 32, 32, 3), generator=generator, dtype=torch.uint8):
+            images.fromarray(pixels.numpy()).save(file := io.BytesIO(), "PNG")
+            stored.append({"bytes": file.getvalue(), "path": ""})
+        parquet.write_table(
+            table({"img": stored, "label": [row % 10 for row in range(24)]}), folder / f"{split}-0.parquet"
+        )
+    save_file(resnet20().state_dict(), folder / "cifar10_resnet20.safetensors")
 
 
 def test_all_examples_are_tested():

@@ -149,8 +149,8 @@ def _without_norm(norm: nn.Module, *, dims: int) -> nn.Module | None:
     rest = nn.Sequential(*parts) if parts else nn.Identity()
     scale, shift = (numbers.view(1, -1, *(1,) * dims) for numbers in affine(norm))
     x = torch.randn(2, scale.numel(), *(2,) * dims, generator=torch.Generator().manual_seed(0)).to(scale)
-    whole = copy.deepcopy(norm).double()(x)
-    return rest.eval() if torch.allclose(rest.eval().double()(scale * x + shift), whole) else None
+    whole = copy.deepcopy(norm).cpu().double()(x)
+    return rest.eval() if torch.allclose(copy.deepcopy(rest).cpu().double().eval()(scale * x + shift), whole) else None
 
 
 def _largest(outputs: Any) -> tuple[float, torch.dtype]:

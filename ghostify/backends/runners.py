@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -86,9 +87,12 @@ def runs_of(backend: Backend, modules: Sequence[nn.Module], example: Example) ->
 
 @contextmanager
 def running(backend: Backend) -> Iterator[None]:
-    """Give torch the backend's number of threads, and no gradients."""
+    """Give torch the backend's number of threads, and no gradients.
+
+    Beside another runtime it has one: threads of torch that wait for work would disturb the other's.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(backend.threads)
+    torch.set_num_threads(1 if backend.folds else backend.threads)
     try:
         with torch.inference_mode():
             yield
@@ -147,9 +151,11 @@ def _onnxruntime_runs(modules: Sequence[nn.Module], example: Example, threads: i
     require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     runtime = require("onnxruntime", extra="onnx")
-    if len(modules) == 1:
-        return [_session_run(runtime, onnx_program(modules[0], example, name="the model"), example, threads)]
-    program = onnx_program(_Together(modules), example, name="a layer")
+    plain = [copy.deepcopy(module).cpu().float() for module in modules]
+    example = example.to(plain[0])
+    if len(plain) == 1:
+        return [_session_run(runtime, onnx_program(plain[0], example, name="the model"), example, threads)]
+    program = onnx_program(_Together(plain), example, name="a layer")
     extractor = require("onnx.utils", extra="onnx").Extractor(program)
     inputs = [entry.name for entry in program.graph.input]
     parts = (extractor.extract_model(inputs, [f"output{number}"]) for number in range(len(modules)))

@@ -24,11 +24,12 @@ from ghostify.conversion.refinement import refine_unit
 from ghostify.conversion.sensitivity import channel_metrics
 from ghostify.conversion.tails import Tail
 from ghostify.conversion.walk import Visit, walk_calls, walk_graph
-from ghostify.conversion.white_noise import solve_kernels, white_explained
+from ghostify.conversion.white_noise import solve_kernels
 from ghostify.errors import InputsError
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning.choice import Choice, choose_layout
 from ghostify.planning.explained import channel_weight, norm_scale, site_shares
+from ghostify.planning.white import white_explained
 from ghostify.spec import Decision, Plan
 from ghostify.tracing import Example, Trace, unmarked
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ghostify.backends.runners import Backend
 from ghostify.conversion.channel_order import fold_orders
 from ghostify.conversion.fits import with_fits
 from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
@@ -20,8 +21,8 @@ from ghostify.errors import ConversionError, InputsError, OptionError, PlanMisma
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning import (  # fmt: skip
     Budget,
+    Goal,
     Override,
-    check_measured_options,
     chosen_spec,
     override_specs,
     plan_traced,
@@ -47,8 +48,7 @@ from ghostify.tracing import (
 from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
 from ghostify.tracing.graph import FUNCTIONS
 
-# Examples of a calibration batch that are enough to trace a model.
-_TRACED = 2
+_TRACED = 2  # examples of a calibration batch that are enough to trace a model
 
 
 def convert(
@@ -61,6 +61,8 @@ def convert(
     overrides: Mapping[str, Override] | None = None,
     keep: float | None = None,
     budget: Budget | None = None,
+    backend: Backend | str | None = None,
+    sensitivity: str = "explained",
     calibration: Calibration | None = None,
     images: int = MOST_IMAGES,
     initialiser: str | Initialiser | None = None,
@@ -77,13 +79,12 @@ def convert(
         >>> type(small).__name__, type(small.layer1[0].conv1).__name__
         ('CifarResNet', 'GhostConv2d')
     """
-    default = chosen_spec(ratio, spec)
-    model = unwrapped(model)
+    default, model = chosen_spec(ratio, spec), unwrapped(model)
     start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model, images)
     facts = _facts(model, example_inputs, chunks)
-    check_measured_options(keep, budget, ratio, chunks)
-    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks, budget)
+    goal = Goal.of(keep, budget, backend, sensitivity, ratio, chunks)
+    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), goal)
     return _apply(plan, facts if plan.lifted else facts.unlifted or facts, chunks, start, seed)
 
 

@@ -7,7 +7,6 @@ Then the correlation of two output maps is the correlation of their filters, at 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -16,25 +15,6 @@ from ghostify.nn.selection import filters_of
 from ghostify.planning.statistics import ridge_solve
 
 _RIDGE = 1e-4
-
-
-def white_explained(conv: _ConvNd, weight: Tensor) -> Tensor:
-    """How much of each channel a multiple of each other channel explains: squared cosine times ``weight``, ``(n, n)``.
-
-    Channels of different groups see different inputs and explain nothing of each other.
-    """
-    filters = F.normalize(filters_of(conv).float().flatten(1))
-    n, per_group = len(filters), conv.out_channels // conv.groups
-    if conv.groups == 1:
-        cosine = filters @ filters.T
-    else:
-        cosine = torch.zeros(n, n, device=filters.device)
-        for start in range(0, n, per_group):
-            block = slice(start, start + per_group)
-            cosine[block, block] = filters[block] @ filters[block].T
-    explained = cosine.square_().cpu()
-    explained.fill_diagonal_(1.0)
-    return explained.mul_(weight.to(explained))
 
 
 @torch.no_grad()

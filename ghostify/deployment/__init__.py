@@ -1,6 +1,5 @@
-"""Folding for inference, storing and loading converted models, and writing them as verified ONNX files."""
+"""Storing and loading converted models, and writing them as verified ONNX files."""
 
-from ghostify.backends.folding import fold
 from ghostify.deployment.artefact import load, save
 from ghostify.deployment.onnx_export import ExportConfig, export_onnx
 from ghostify.deployment.onnx_notes import OnnxNotes, read_notes
@@ -12,7 +11,6 @@ __all__ = [
     "ExportConfig",
     "OnnxNotes",
     "export_onnx",
-    "fold",
     "load",
     "read_notes",
     "save",

@@ -12,7 +12,7 @@ class BasicBlock(nn.Module):
     """Two 3×3 convolutions with a parameter-free shortcut (He et al. 2016, arXiv 1512.03385, §4.2, option A).
 
     Where the block halves the map and widens it, the shortcut takes every second pixel and pads
-    the new channels with zeros, the same number on both sides.
+    the new channels with zeros, the same number on both sides (of an odd number one more behind).
     """
 
     def __init__(self, in_planes: int, planes: int, stride: int) -> None:
@@ -22,7 +22,8 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.stride = stride
-        self.padding = (planes - in_planes) // 2
+        left = (planes - in_planes) // 2
+        self.padding = (0, 0, 0, 0, left, planes - in_planes - left)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, in_planes, h, w)`` to ``(n, planes, ⌈h/stride⌉, ⌈w/stride⌉)``."""
@@ -31,8 +32,8 @@ class BasicBlock(nn.Module):
         shortcut = x
         if self.stride != 1:
             shortcut = x[:, :, :: self.stride, :: self.stride]
-        if self.padding:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))
+        if any(self.padding):
+            shortcut = F.pad(shortcut, self.padding)
         return F.relu(out + shortcut)
 
 
@@ -42,18 +43,21 @@ class CifarResNet(nn.Module):
     Args:
         blocks: Blocks in each of the three stages (``n``).
         num_classes: Classes.
-        width: Channels of the first stage.
+        width: Channels of the first stage, which every further one doubles; or of all three, never fewer than before.
         in_channels: Channels of the images.
     """
 
-    def __init__(self, blocks: int, num_classes: int = 10, width: int = 16, in_channels: int = 3) -> None:
+    def __init__(
+        self, blocks: int, num_classes: int = 10, width: int | Sequence[int] = 16, in_channels: int = 3
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = self._stage(width, width, blocks, 1)
-        self.layer2 = self._stage(width, 2 * width, blocks, 2)
-        self.layer3 = self._stage(2 * width, 4 * width, blocks, 2)
-        self.linear = nn.Linear(4 * width, num_classes)
+        first, second, third = (width, 2 * width, 4 * width) if isinstance(width, int) else width
+        self.conv1 = nn.Conv2d(in_channels, first, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = self._stage(first, first, blocks, 1)
+        self.layer2 = self._stage(first, second, blocks, 2)
+        self.layer3 = self._stage(second, third, blocks, 2)
+        self.linear = nn.Linear(third, num_classes)
 
     @staticmethod
     def _stage(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
@@ -91,7 +95,7 @@ class CifarVGG(nn.Module):
                 ]
                 channels = width
         self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Linear(512, num_classes))
+        self.classifier = nn.Sequential(nn.Linear(channels, 512), nn.ReLU(inplace=True), nn.Linear(512, num_classes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``(n, 3, 32, 32)`` to class scores ``(n, num_classes)``."""

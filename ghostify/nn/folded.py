@@ -143,29 +143,29 @@ def folded(unit: GhostConv, norm: nn.Module | None = None, after: nn.Module | No
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a batch norm does in evaluation mode: factor and constant of every channel, each ``(n,)``, in float64."""
+    """What a batch norm does in evaluation mode: factor and constant of every channel, ``(n,)``, in float64 on the CPU."""
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)  # a batch norm's
     assert isinstance(variance, Tensor)
     weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
-    scale = (variance.double() + getattr(norm, "eps", 0.0)).rsqrt()
+    scale = (variance.cpu().double() + getattr(norm, "eps", 0.0)).rsqrt()
     if weight is not None:
-        scale = scale * weight.detach().double()
-    shift = -mean.double() * scale
-    return scale, shift if bias is None else shift + bias.detach().double()
+        scale = scale * weight.detach().cpu().double()
+    shift = -mean.cpu().double() * scale
+    return scale, shift if bias is None else shift + bias.detach().cpu().double()
 
 
 def _made_at(unit: GhostConv) -> Tensor:
     """For every position of the unit's own layout the place at which its channel comes out, ``(n,)``."""
-    return torch.arange(unit.out_channels) if unit.channel_order is None else torch.argsort(unit.channel_order)
+    return torch.arange(unit.out_channels) if unit.channel_order is None else torch.argsort(unit.channel_order.cpu())
 
 
 def _cheap(unit: GhostConv) -> tuple[Tensor, Tensor | None]:
     """Kernels ``(maps, d, …)`` and bias of the cheap operation, with its norm and the primary map that is added."""
     operation = unit.cheap_operation
     assert operation is not None  # the caller has looked
-    kernels = operation.kernels().double()
-    bias = torch.cat([cast(Tensor, conv.bias) for conv in operation]).double() if operation.has_bias else None
+    kernels = operation.kernels().cpu().double()  # not every device has float64
+    bias = torch.cat([cast(Tensor, conv.bias) for conv in operation]).cpu().double() if operation.has_bias else None
     if unit.spec.fusion == "add":
         kernels.flatten(1)[:, kernels[0].numel() // 2] += 1  # a view
     if unit.cheap_norm is not None:

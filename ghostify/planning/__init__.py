@@ -2,9 +2,9 @@
 
 from ghostify.planning.budget import Budget
 from ghostify.planning.frontier import Frontier, frontier
+from ghostify.planning.goal import Goal
 from ghostify.planning.planner import (  # fmt: skip
     Override,
-    check_measured_options,
     chosen_spec,
     override_specs,
     plan,
@@ -15,8 +15,8 @@ from ghostify.planning.planner import (  # fmt: skip
 __all__ = [
     "Budget",
     "Frontier",
+    "Goal",
     "Override",
-    "check_measured_options",
     "chosen_spec",
     "frontier",
     "override_specs",

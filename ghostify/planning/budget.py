@@ -2,7 +2,8 @@
 
 The loss of a choice is the share of the site's output variance, behind its norm, that the Ghost unit cannot express,
 measured as [keeping][ghostify.planning.keeping] does. Their sum is an estimate: it looks at each layer alone, as if no
-layer's errors met another's.
+layer's errors met another's. Latency is a sum, too, of what was measured layer by layer; there, only choices that pay
+are on offer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 
 from ghostify.errors import BudgetError, NothingToConvertError, OptionError
 from ghostify.planning.keeping import kept
+from ghostify.planning.latency import LatencyTable
+from ghostify.planning.orders import with_orders
 from ghostify.spec import Decision
-from ghostify.tracing import Example, Trace
+from ghostify.tracing import Trace
 
 Budget = Mapping[str, float]
-KEYS = ("macs", "params", "size_bytes")
+KEYS = ("macs", "params", "size_bytes", "latency")
+# The solver counts in whole numbers; a table shows milliseconds.
+_MICROSECONDS = 1_000
 # Of the solver's search tree. A limit in seconds would give other plans on other machines.
 _NODES = 100_000
 # A status of ``scipy.optimize.milp``.
@@ -48,17 +53,18 @@ class Met:
     notes: tuple[str, ...]
 
 
-def check_budget_options(budget: Budget, keep: float | None, ratio: float | None, chunks: Sequence[Example]) -> None:
+def check_budget_options(budget: Budget, keep: float | None, ratio: float | None) -> None:
     """Raise OptionError unless a budget has known keys and sound values, and alone decides the ratios."""
     if not isinstance(budget, Mapping) or not budget:
         raise OptionError(f"budget={budget!r} is not a dict of limits. Pass one such as {{'macs': 0.5}}.")
     for key, value in budget.items():
         if key not in KEYS:
-            missing = "there is no budget of latency yet" if key == "latency" else "the key is unknown"
-            raise OptionError(f"budget={{{key!r}: {value!r}}}: {missing}. Use one or more of {', '.join(KEYS)}.")
+            raise OptionError(
+                f"budget={{{key!r}: {value!r}}}: the key is unknown. Use one or more of {', '.join(KEYS)}."
+            )
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
             raise OptionError(f"budget={{{key!r}: {value!r}}} is no finite number above 0, such as 0.5 for half.")
-        if value > 1 and value != int(value):
+        if value > 1 and value != int(value) and key != "latency":
             raise OptionError(
                 f"budget={{{key!r}: {value!r}}} is neither a fraction of the original, up to 1, nor a whole number of "
                 f"{key}. Pass 0.5 for half."
@@ -68,62 +74,65 @@ def check_budget_options(budget: Budget, keep: float | None, ratio: float | None
             raise OptionError(
                 f"budget={dict(budget)!r} and {name}={other!r} are both given, and each chooses the ratios. Pass one."
             )
-    if not chunks:
-        raise OptionError(f"budget={dict(budget)!r} needs calibration inputs. Pass calibration=images (a few hundred).")
 
 
-def within_budget(options: Sequence[Sequence[Decision]], budget: Budget, facts: Trace) -> Met:
+def within_budget(
+    options: Sequence[Sequence[Decision]], budget: Budget, facts: Trace, table: LatencyTable | None = None
+) -> Met:
     """Choose for every site whether it stays or which ratio it gets, so that the sum of the losses is least.
 
     Args:
         options: From [measured][ghostify.planning.keeping.measured].
         budget: As [plan][ghostify.plan] takes it, checked.
         facts: The original with its facts.
+        table: What every choice saves on a backend; those that do not pay there are left out.
 
     Raises:
         NothingToConvertError: The original meets the budget.
         BudgetError: No choice meets it.
     """
-    totals = original_costs(facts)
-    limits = {key: _absolute(value, totals[key]) for key, value in budget.items()}
+    totals = original_costs(facts, table)
+    limits = {key: _absolute(key, value, totals[key]) for key, value in budget.items()}
     if all(limits[key] >= totals[key] for key in limits):
-        has = ", ".join(f"{key}={totals[key]:,}" for key in limits)
+        has = ", ".join(f"{key}={_shown(key, totals[key])}" for key in limits)
         raise NothingToConvertError(f"budget={dict(budget)!r} asks for nothing: the original has {has}. Ask for less.")
-    menu = [_offers(some) for some in options]
-    changes = _changes(menu, facts)
+    menu = _menu(options, facts, table)
+    changes = _changes(menu, facts, table)
     found = least_damage(
         [[_damage(offer) for offer in offers] for offers in menu],
         [[[change[key] for key in limits] for change in some] for some in changes],
         [limits[key] - totals[key] for key in limits],
     )
     if found is None:
-        raise BudgetError(_out_of_reach(budget, limits, smallest(options, facts), totals))
+        raise BudgetError(_out_of_reach(budget, limits, smallest(options, facts, table), totals))
     chosen, gap = found
     decisions = [offers[index] for offers, index in zip(menu, chosen, strict=True)]
     damage = sum(map(_damage, decisions))
-    left = {key: totals[key] + sum(some[i][key] for some, i in zip(changes, chosen, strict=True)) for key in KEYS}
+    left = {key: totals[key] + sum(some[i][key] for some, i in zip(changes, chosen, strict=True)) for key in totals}
     notes = [
-        f"{key} {left[key]:,} of at most {limits[key]:,}, {_percent(left[key], totals[key])} of the original"
+        f"{key} {_shown(key, left[key])} of at most {_shown(key, limits[key])}, "
+        f"{100 * left[key] / totals[key]:.2f} % of the original"
         for key in limits
     ]
     sites = sum(len(offers) > 1 for offers in menu)
     notes.append(
         f"damage {damage:.4f}: what {sites} sites lose of their variance, each measured alone, in sum; {_optimal(gap)}"
     )
-    return Met(decisions, damage, {key: left[key] / totals[key] for key in KEYS}, tuple(notes))
+    return Met(decisions, damage, {key: left[key] / totals[key] for key in totals}, tuple(notes))
 
 
-def original_costs(facts: Trace) -> dict[str, int]:
-    """Multiply-accumulates, parameters, and bytes of the parameters (without buffers) of the whole original."""
+def original_costs(facts: Trace, table: LatencyTable | None = None) -> dict[str, int]:
+    """Multiply-accumulates, parameters, bytes of the parameters (without buffers) and microseconds of the original."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in facts.model.parameters())
-    return dict(zip(KEYS, (facts.count.macs, facts.params, size), strict=True))
+    timed = () if table is None else (round(table.original * _MICROSECONDS),)
+    return dict(zip(KEYS, (facts.count.macs, facts.params, size, *timed), strict=False))
 
 
-def smallest(options: Sequence[Sequence[Decision]], facts: Trace) -> dict[str, int]:
+def smallest(options: Sequence[Sequence[Decision]], facts: Trace, table: LatencyTable | None = None) -> dict[str, int]:
     """The least that can be left of every cost, each looked at alone."""
-    changes = _changes([_offers(some) for some in options], facts)
-    totals = original_costs(facts)
-    return {key: totals[key] + sum(min(change[key] for change in some) for some in changes) for key in KEYS}
+    changes = _changes(_menu(options, facts, table), facts, table)
+    totals = original_costs(facts, table)
+    return {key: totals[key] + sum(min(change[key] for change in some) for some in changes) for key in totals}
 
 
 def least_damage(
@@ -174,34 +183,63 @@ def least_damage(
         constraints.append(LinearConstraint(np.isin(np.arange(starts[-1]), columns)[None], 0, len(sizes) - 1))
 
 
-def _offers(some: Sequence[Decision]) -> list[Decision]:
-    """What may happen to a site: it stays, or gets a ratio; only one thing where the site is not open."""
-    return list(some) if some[0].explained is None else [kept(some), *some]
+def _menu(options: Sequence[Sequence[Decision]], facts: Trace, table: LatencyTable | None) -> list[list[Decision]]:
+    """What may happen to every site: it stays, or gets a ratio; only one thing where the site is not open."""
+    if table is None:
+        return [list(some) if some[0].explained is None else [kept(some), *some] for some in options]
+    return [_paying(some, table, sure) for some, sure in zip(options, _ordered(options, facts), strict=True)]
+
+
+def _ordered(options: Sequence[Sequence[Decision]], facts: Trace) -> list[bool]:
+    """Whether a site will need an index if all that are open change, which is the least that can be promised."""
+    return [made.order == "index" for made in with_orders([some[-1] for some in options], facts.streams, share=False)]
+
+
+def _paying(some: Sequence[Decision], table: LatencyTable, ordered: bool) -> list[Decision]:
+    """To keep a site, and those of its ratios that are faster than it by more than noise, each with what it saves."""
+    savings = [None if made.spec is None else table.saving(made.site, made.spec, ordered=ordered) for made in some]
+    timed = [
+        made if saved is None else replace(made, saved_ms=saved.ms) for made, saved in zip(some, savings, strict=True)
+    ]
+    if some[0].explained is None:
+        return timed  # not open: an override decides, or an obstacle
+    paying = [made for made, saved in zip(timed, savings, strict=True) if saved is not None and saved.pays]
+    if paying:
+        return [kept(some), *paying]
+    best = max(saved.ms for saved in savings if saved is not None)
+    return [replace(kept(some), reason=f"no ratio pays on {table.backend}: the best saves {best:.3f} ms")]
 
 
 def _damage(offer: Decision) -> float:
+    """What the sum is made of: measured at the network's output, or else the share of variance that is lost."""
+    if offer.damage is not None:
+        return offer.damage
     return 0.0 if offer.explained is None else 1 - offer.explained
 
 
-def _changes(menu: Sequence[Sequence[Decision]], facts: Trace) -> list[list[dict[str, int]]]:
+def _changes(
+    menu: Sequence[Sequence[Decision]], facts: Trace, table: LatencyTable | None
+) -> list[list[dict[str, int]]]:
     """What every offer adds to every cost of the model (it is negative)."""
-    return [[_change(offer, facts.model) for offer in offers] for offers in menu]
+    return [[_change(offer, facts.model, table) for offer in offers] for offers in menu]
 
 
-def _change(offer: Decision, model: nn.Module) -> dict[str, int]:
+def _change(offer: Decision, model: nn.Module, table: LatencyTable | None) -> dict[str, int]:
     params = offer.params_after - offer.params_before
     weight = model.get_submodule(offer.site.name).weight if params else None  # a Ghost unit is of its dtype
     size = params * weight.element_size() if isinstance(weight, Tensor) else 0
-    return dict(zip(KEYS, (offer.macs_after - offer.macs_before, params, size), strict=True))
+    timed = () if table is None else (-round((offer.saved_ms or 0.0) * _MICROSECONDS),)
+    return dict(zip(KEYS, (offer.macs_after - offer.macs_before, params, size, *timed), strict=False))
 
 
-def _absolute(value: float, total: int) -> int:
+def _absolute(key: str, value: float, total: int) -> int:
     """A limit as a whole number; 0.29 of 100 are 29, though 0.29 * 100 is less in floating point."""
-    return math.floor(Fraction(str(float(value))) * total) if value <= 1 else int(value)
+    unit = _MICROSECONDS if key == "latency" else 1
+    return math.floor(Fraction(str(float(value))) * (total if value <= 1 else unit))
 
 
-def _percent(part: int, total: int) -> str:
-    return f"{100 * part / total:.2f} %"
+def _shown(key: str, number: int) -> str:
+    return f"{number / _MICROSECONDS:.3f} ms" if key == "latency" else f"{number:,}"
 
 
 def _optimal(gap: float) -> str:
@@ -210,9 +248,9 @@ def _optimal(gap: float) -> str:
 
 def _out_of_reach(budget: Budget, limits: dict[str, int], least: dict[str, int], totals: dict[str, int]) -> str:
     """Why nothing meets a budget. Fractions are rounded up, so that asking for them succeeds."""
+    least_left = {key: math.ceil(Fraction(least[key], totals[key]) * 10_000) / 10_000 for key in limits}
     reach = ", ".join(
-        f"{key}={math.ceil(Fraction(least[key], totals[key]) * 10_000) / 10_000} ({least[key]:,} of {totals[key]:,})"
-        for key in limits
+        f"{key}={left} ({_shown(key, least[key])} of {_shown(key, totals[key])})" for key, left in least_left.items()
     )
     each = "" if any(limits[key] < least[key] for key in limits) else "each of them can be met, but not together; "
     alone = " (each alone)" if len(limits) > 1 else ""

@@ -15,7 +15,7 @@ from ghostify.spec import GhostSpec, Site
 from ghostify.tracing import Example, Trace, unmarked
 
 # Share of the mean diagonal of the Gram matrix; see docs/decisions.md.
-_RIDGE = 1e-4
+RIDGE = 1e-4
 # Bytes for the sums of the sites that are measured in one pass over the images.
 _MEMORY = 2**30
 
@@ -35,7 +35,7 @@ def explained_share(targets: list[Tensor], pixels: list[Tensor], window: Window,
         ``(n, n)``, for [choose_layout][ghostify.planning.choice.choose_layout].
     """
     pairs = (pair for maps, places in zip(targets, pixels, strict=True) for pair in _pairs(maps, places, window))
-    return _explained(Moments.of(pairs), norm)
+    return explained_by(Moments.of(pairs), norm)
 
 
 def kept_share(explained: Tensor, layout: Tensor, spec: GhostSpec, groups: int = 1) -> float:
@@ -55,7 +55,15 @@ def kept_share(explained: Tensor, layout: Tensor, spec: GhostSpec, groups: int =
 def site_shares(
     facts: Trace, sites: Sequence[Site], spec: GhostSpec, chunks: list[Example], seed: int = 0
 ) -> Iterator[tuple[Site, Tensor]]:
-    """Explained shares of many sites: the original is run, and only sums are kept.
+    """Explained shares of many sites; see [site_moments][ghostify.planning.explained.site_moments]."""
+    for site, moments in site_moments(facts, sites, spec, chunks, seed):
+        yield site, explained_by(moments, norm_of(site, facts))
+
+
+def site_moments(
+    facts: Trace, sites: Sequence[Site], spec: GhostSpec, chunks: list[Example], seed: int = 0
+) -> Iterator[tuple[Site, Moments]]:
+    """Second moments of what many sites make: the original is run, and only sums are kept.
 
     Args:
         facts: The original with its facts.
@@ -63,6 +71,9 @@ def site_shares(
         spec: Gives the size of the cheap kernels.
         chunks: Calibration inputs.
         seed: Of the choice of pixels.
+
+    Yields:
+        For every site that was called: of what a cheap filter sees of each channel, and each channel's value there.
     """
     examples = sum(chunk.batch for chunk in chunks)
     for group in _groups(sites, spec):
@@ -81,9 +92,14 @@ def site_shares(
             for handle in handles:
                 handle.remove()
         for site in group:
-            norm = site.chain.norm if site.chain is not None else None
             if site.name in sums:
-                yield site, _explained(sums[site.name], facts.model.get_submodule(norm) if norm is not None else None)
+                yield site, sums[site.name]
+
+
+def norm_of(site: Site, facts: Trace) -> nn.Module | None:
+    """The batch norm that alone reads a site, if there is one."""
+    norm = site.chain.norm if site.chain is not None else None
+    return None if norm is None else facts.model.get_submodule(norm)
 
 
 def _adder(
@@ -131,9 +147,10 @@ def _pairs(maps: Tensor, pixels: Tensor, window: Window) -> Iterator[tuple[Tenso
         yield window.patches(maps, part).transpose(0, 1), at_pixels(maps, part)
 
 
-def _explained(moments: Moments, norm: nn.Module | None) -> Tensor:
+def explained_by(moments: Moments, norm: nn.Module | None) -> Tensor:
+    """How much of each channel ``b`` a cheap filter on channel ``a`` explains, at ``[a, b]``, ``(n, n)``."""
     gram, cross = moments.centred()
-    explained = (cross * ridge_solve(gram, cross, _RIDGE)).sum(1)
+    explained = (cross * ridge_solve(gram, cross, RIDGE)).sum(1)
     centre = gram.shape[1] // 2
     variance = gram[:, centre, centre]
     explained = explained.clamp_min(0).minimum(variance)

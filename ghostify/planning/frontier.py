@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tabulate import tabulate
 from torch import nn
 
+from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError
+from ghostify.extras import require
+from ghostify.files import atomic_file
 from ghostify.planning.budget import KEYS, check_budget_options, original_costs, smallest, within_budget
+from ghostify.planning.goal import Goal
 from ghostify.planning.planner import (  # fmt: skip
     Override,
     check_patterns,
@@ -20,6 +26,7 @@ from ghostify.planning.planner import (  # fmt: skip
     measured_options,
     override_specs,
     skip_patterns,
+    timed_options,
 )
 from ghostify.spec import GhostSpec, Plan
 from ghostify.tracing import ExampleInputs, trace
@@ -45,7 +52,7 @@ class Frontier:
     """Plans that lose least for what they cost, the cheapest first; print it.
 
     Attributes:
-        key: The cost: ``macs``, ``params`` or ``size_bytes``.
+        key: The cost: ``macs``, ``params``, ``size_bytes`` or ``latency``.
         points: The plans, each with what is left of the cost and what it damages.
     """
 
@@ -72,13 +79,36 @@ class Frontier:
         headers = [f"{self.key} left", "damage", "Ghost units", "MACs", "params"]
         return tabulate(rows, headers=headers, disable_numparse=True, colalign=["right"] * 5)
 
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw damage against what is left of the cost, into a file whose name ends in ``.svg`` or ``.png``.
+
+        Args:
+            path: The file.
+
+        Raises:
+            MissingExtraError: The extra ``report`` is not installed.
+            OutputError: The file cannot be written.
+        """
+        kind = Path(path).suffix.removeprefix(".")
+        if kind not in ("svg", "png"):
+            raise OptionError(f"path={str(path)!r} ends neither in .svg nor in .png. Name the file so.")
+        figure = require("matplotlib.figure", extra="report").Figure((6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([100 * point.fraction for point in self], [point.damage for point in self], marker="o")
+        axes.set(xlabel=f"{self.key} left, %", ylabel="damage, estimated")
+        axes.grid(alpha=0.3)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format=kind)
+
 
 def frontier(
     model: nn.Module,
     *,
     key: str = "macs",
     points: int | Sequence[float] = 10,
-    calibration: Calibration,
+    calibration: Calibration | None = None,
+    backend: Backend | str | None = None,
+    sensitivity: str = "explained",
     example_inputs: ExampleInputs | None = None,
     spec: GhostSpec | None = None,
     skip: str | Sequence[str] = (),
@@ -90,9 +120,12 @@ def frontier(
 
     Args:
         model: The trained network.
-        key: What is limited: ``macs``, ``params`` or ``size_bytes``.
+        key: What is limited: ``macs``, ``params``, ``size_bytes`` or ``latency``.
         points: Budgets as fractions of the original; or how many, evenly spread from the smallest that can be reached.
-        calibration: A few hundred inputs.
+        calibration: A few hundred inputs; without, the weights alone tell what each ratio damages.
+        backend: Measure every choice there, and replace no site where it does not pay; needed for ``latency``, where it
+            is by default ``onnxruntime`` on one thread.
+        sensitivity: ``explained`` or ``measured``.
         example_inputs: One batch; by default a calibration batch.
         spec: Options of the Ghost units except the ratio.
         skip: Names of sites to keep, or patterns.
@@ -118,23 +151,26 @@ def frontier(
     chunks = calibration_chunks(calibration, model)
     _check_points(points)
     for fraction in [0.5] if isinstance(points, int) else points:
-        check_budget_options({key: fraction}, None, None, chunks)
+        check_budget_options({key: fraction}, None, None)
     default, patterns = chosen_spec(None, spec), skip_patterns(skip)
     chosen = override_specs(overrides, default)
-    facts = trace(model, chunks[0] if example_inputs is None else example_inputs)
+    facts = trace(model, chunks[0] if example_inputs is None and chunks else example_inputs)
     check_patterns(facts, patterns, chosen)
-    options = measured_options(facts, default, patterns, chosen, chunks)
+    goal = Goal.of(None, {key: 0.5}, backend, sensitivity, None, chunks)
+    options = measured_options(facts, default, patterns, chosen, goal)
+    table = timed_options(facts, options, goal)
     if isinstance(points, int):
-        total, least = original_costs(facts)[key], smallest(options, facts)[key]
+        total, least = original_costs(facts, table)[key], smallest(options, facts, table)[key]
         if least == total:
             raise NothingToConvertError(f"No convolution of {type(model).__name__} can change: the plan says why.")
-        budgets: list[float] = [int(limit) for limit in np.linspace(least, total, int(points), endpoint=False)]
+        # As fractions: latency counts in microseconds. The half keeps rounding from asking for less than the least.
+        budgets = [(int(limit) + 0.5) / total for limit in np.linspace(least, total, int(points), endpoint=False)]
     else:
         budgets = sorted(points)
     found: dict[tuple[object, ...], FrontierPoint] = {}
     for budget in budgets:
-        met = within_budget(options, {key: budget}, facts)
-        made = made_plan(facts, met.decisions, share=False, budget=met.notes)
+        met = within_budget(options, {key: budget}, facts, table)
+        made = made_plan(facts, met.decisions, share=table is not None, budget=met.notes, table=table)
         found.setdefault(made.decisions, FrontierPoint(met.left[key], met.damage, made))
     return Frontier(key, tuple(found.values()))
 

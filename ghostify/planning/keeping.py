@@ -11,6 +11,7 @@ from torch import Tensor
 from ghostify.errors import OptionError
 from ghostify.planning.choice import choose_layout
 from ghostify.planning.explained import kept_share, site_shares
+from ghostify.planning.white import white_shares
 from ghostify.spec import Decision, GhostSpec
 from ghostify.tracing import Example, Trace
 
@@ -38,13 +39,16 @@ def measured(
         options: For every site its decisions in the order of ``RATIOS``; one alone is taken as it is.
         spec: Gives all but the ratio.
         facts: The original with its facts.
-        chunks: Calibration inputs.
+        chunks: Calibration inputs; if there are none, the weights alone tell.
 
     Returns:
         For every site the ratios that are possible, with ``explained``; one decision without it where nothing is open.
     """
     open_sites = [some[0].site for some in options if len(some) > 1 and any(option.replaced for option in some)]
-    shares = {site.name: explained for site, explained in site_shares(facts, open_sites, spec, chunks)}
+    if chunks:
+        shares = {site.name: explained for site, explained in site_shares(facts, open_sites, spec, chunks)}
+    else:
+        shares = {site.name: white_shares(facts, site) for site in open_sites}
     return [
         [_with_share(option, shares[option.site.name]) for option in some if option.replaced]
         if some[0].site.name in shares
@@ -78,6 +82,7 @@ def kept(some: Sequence[Decision]) -> Decision:
         params_after=nearest.params_before,
         macs_after=nearest.macs_before,
         explained=None,
+        damage=None,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import numbers
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +11,19 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError, PatternError
-from ghostify.planning.budget import Budget, check_budget_options, within_budget
+from ghostify.planning.budget import Budget, within_budget
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
-from ghostify.planning.keeping import RATIOS, check_keep_options, measured, with_ratios
+from ghostify.planning.goal import Goal
+from ghostify.planning.influence import influences
+from ghostify.planning.keeping import RATIOS, measured, with_ratios
+from ghostify.planning.latency import LatencyTable, latency_table
+from ghostify.planning.layers import aligned, distinct
+from ghostify.planning.orders import with_orders
 from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
-from ghostify.spec import ChannelOrder, Decision, GhostSpec, Plan, Site
-from ghostify.tracing import Example, ExampleInputs, Streams, Trace, fingerprint, trace
+from ghostify.spec import Decision, GhostSpec, Plan, Site
+from ghostify.tracing import ExampleInputs, Trace, fingerprint, trace
 from ghostify.tracing.calibration import Calibration, calibration_chunks
 
 Override = float | GhostSpec | None
@@ -34,6 +39,8 @@ def plan(
     overrides: Mapping[str, Override] | None = None,
     keep: float | None = None,
     budget: Budget | None = None,
+    backend: Backend | str | None = None,
+    sensitivity: str = "explained",
     calibration: Calibration | None = None,
 ) -> Plan:
     """Decide for every convolution of a model whether and how a Ghost unit replaces it.
@@ -52,18 +59,26 @@ def plan(
             first and the output layer; of several that match, the last one counts.
         keep: In place of a ratio: every site gets the largest one out of 1.1, 1.25, 1.5, 2, 3 and 4 at which
             so much of its output's variance can still be expressed, 0 to 1; or it stays as it is.
-        budget: In place of a ratio: what may be left of ``macs``, ``params`` and ``size_bytes`` (the parameters in
-            bytes of their dtypes, without buffers) of the whole model: up to 1 a fraction of the original, a whole
-            number above 1 as it is. All that are given must hold. Every site stays or gets one of the ratios of
-            ``keep``, so that the shares of variance that the sites lose are least in sum. This is an estimate: it
-            looks at each layer alone.
-        calibration: With ``keep`` or ``budget``: a few hundred inputs, as [apply][ghostify.apply] takes them.
+        budget: In place of a ratio: what may be left of ``macs``, ``params``, ``size_bytes`` (the parameters in
+            bytes of their dtypes, without buffers) and ``latency`` of the whole model: up to 1 a fraction of the
+            original, above 1 a whole number, or milliseconds for the batch of the example inputs. All that are given
+            must hold. Every site stays or gets one of the ratios of ``keep``, so that the shares of variance that the
+            sites lose are least in sum. This is an estimate: it looks at each layer alone.
+        backend: With ``budget``: measure every choice there, and replace no site where it does not pay; a
+            [Backend][ghostify.Backend] or its name. By default ``onnxruntime`` on one thread if latency is limited.
+        sensitivity: With ``budget``: what a site's loss counts. ``explained``: the share of variance, everywhere alike.
+            ``measured``: how far the network's answers part from the original's when only this site is replaced; the
+            network is run for every site, on some of the calibration inputs.
+        calibration: With ``keep`` or ``budget``: a few hundred inputs, as [apply][ghostify.apply] takes them. A
+            budget without them goes by the weights alone.
 
     Returns:
         The plan; print it.
 
     Raises:
-        OptionError: A ratio or another option is out of range, or ``keep`` or ``budget`` has no calibration inputs.
+        OptionError: A ratio or another option is out of range, or ``keep`` has no calibration inputs.
+        MissingExtraError: The backend is not installed.
+        ExportError: The model cannot be exported for it.
         InputsError: There are no example inputs.
         TraceError: The model does not run on them.
         PatternError: A pattern matches no convolution.
@@ -79,42 +94,14 @@ def plan(
         (18, 269722, 139114)
     """
     default = chosen_spec(ratio, spec)
-    chunks = _chunks_for(keep, budget, ratio, calibration, model)
-    facts = trace(model, example_inputs if example_inputs is not None or not chunks else chunks[0])
-    return plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), keep, chunks, budget)
-
-
-def _chunks_for(
-    keep: float | None,
-    budget: Budget | None,
-    ratio: float | None,
-    calibration: Calibration | None,
-    model: nn.Module,
-) -> list[Example]:
-    """The inputs on which ``keep`` or ``budget`` is measured.
-
-    Raises:
-        OptionError: There are none, or a ratio is given besides, or inputs that nothing is measured on.
-    """
-    if keep is None and budget is None:
-        if calibration is not None:
-            raise OptionError(
-                "calibration is given without keep=… or budget=…: a plan with a fixed ratio measures nothing on it."
-            )
-        return []
+    if calibration is not None and keep is None and budget is None:
+        raise OptionError(
+            "calibration is given without keep=… or budget=…: a plan with a fixed ratio measures nothing on it."
+        )
     chunks = calibration_chunks(calibration, model)
-    check_measured_options(keep, budget, ratio, chunks)
-    return chunks
-
-
-def check_measured_options(
-    keep: float | None, budget: Budget | None, ratio: float | None, chunks: Sequence[Example]
-) -> None:
-    """Raise OptionError unless what decides the ratios, if anything is to be measured, is sound and alone."""
-    if budget is not None:
-        check_budget_options(budget, keep, ratio, chunks)
-    elif keep is not None:
-        check_keep_options(keep, ratio, chunks)
+    goal = Goal.of(keep, budget, backend, sensitivity, ratio, chunks)
+    facts = trace(model, example_inputs if example_inputs is not None or not chunks else chunks[0])
+    return plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), goal)
 
 
 def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:
@@ -137,18 +124,14 @@ def plan_traced(
     default: GhostSpec,
     skip: Iterable[str],
     overrides: Mapping[str, GhostSpec | None],
-    keep: float | None = None,
-    chunks: Sequence[Example] = (),
-    budget: Budget | None = None,
+    goal: Goal,
 ) -> Plan:
     """The same from facts that are known already; see [plan][ghostify.plan] for the arguments."""
     skip = list(skip)
     check_patterns(facts, skip, overrides)
-    made = _decided(facts, default, skip, overrides, keep, chunks, budget)
+    made = _decided(facts, default, skip, overrides, goal)
     if facts.unlifted is not None and not any(decision.site.name in facts.lifted for decision in made.replaced):
-        made = _decided(
-            facts.unlifted, default, skip, overrides, keep, chunks, budget
-        )  # the model can stay of its own class
+        made = _decided(facts.unlifted, default, skip, overrides, goal)  # the model can stay of its own class
     if not made.replaced:
         reasons = Counter(decision.reason for decision in made)
         raise NothingToConvertError(
@@ -160,23 +143,18 @@ def plan_traced(
 
 
 def _decided(
-    facts: Trace,
-    default: GhostSpec,
-    skip: list[str],
-    overrides: Mapping[str, GhostSpec | None],
-    keep: float | None,
-    chunks: Sequence[Example],
-    budget: Budget | None,
+    facts: Trace, default: GhostSpec, skip: list[str], overrides: Mapping[str, GhostSpec | None], goal: Goal
 ) -> Plan:
-    if keep is None and budget is None:
+    if goal.keep is None and goal.budget is None:
         return made_plan(facts, [_decide(site, default, skip, overrides) for site in facts.sites], share=True)
-    options = measured_options(facts, default, skip, overrides, chunks)
-    # No order is shared: the share that is promised is that of a layer's own choice.
-    if budget is not None:
-        met = within_budget(options, budget, facts)
-        return made_plan(facts, met.decisions, share=False, budget=met.notes)
-    assert keep is not None
-    return made_plan(facts, with_ratios(options, keep), share=False)
+    options = measured_options(facts, default, skip, overrides, goal)
+    if goal.budget is None:
+        assert goal.keep is not None  # the only goal that is left
+        # No order is shared: the share that is promised is that of a layer's own choice.
+        return made_plan(facts, with_ratios(options, goal.keep), share=False)
+    table = timed_options(facts, options, goal)
+    met = within_budget(options, goal.budget, facts, table)
+    return made_plan(facts, met.decisions, share=table is not None, budget=met.notes, table=table)
 
 
 def measured_options(
@@ -184,19 +162,48 @@ def measured_options(
     default: GhostSpec,
     skip: list[str],
     overrides: Mapping[str, GhostSpec | None],
-    chunks: Sequence[Example],
+    goal: Goal,
 ) -> list[list[Decision]]:
     """All that may happen to every site, from [measured][ghostify.planning.keeping.measured]."""
     specs = [replace(default, ratio=ratio) for ratio in RATIOS]
-    options = [
-        [_decide(site, spec, skip, overrides) for spec in specs[: 1 if _matching(site, overrides) else None]]
-        for site in facts.sites
-    ]
-    return measured(options, default, facts, list(chunks))
+    options = []
+    for site in facts.sites:
+        own = specs[:1] if _matching(site, overrides) else specs
+        if goal.backend is not None:
+            own = distinct([aligned(site, spec) for spec in own])
+        options.append([_decide(site, spec, skip, overrides) for spec in own])
+    found = measured(options, default, facts, list(goal.chunks))
+    if goal.sensitivity == "explained":
+        return found
+    tried = {some[0].site.name: some[len(some) // 2].spec for some in found if some[0].explained is not None}
+    factors = influences(facts, {name: spec for name, spec in tried.items() if spec is not None}, list(goal.chunks))
+    return [[_with_damage(option, factors) for option in some] for some in found]
 
 
-def made_plan(facts: Trace, decisions: Sequence[Decision], *, share: bool, budget: tuple[str, ...] = ()) -> Plan:
+def _with_damage(option: Decision, factors: Mapping[str, float]) -> Decision:
+    if option.explained is None:
+        return option
+    return replace(option, damage=factors[option.site.name] * (1 - option.explained))
+
+
+def timed_options(facts: Trace, options: Sequence[Sequence[Decision]], goal: Goal) -> LatencyTable | None:
+    """What all of it saves on the backend, if there is one."""
+    if goal.backend is None:
+        return None
+    choices = {some[0].site.name: [made.spec for made in some if made.spec is not None] for some in options}
+    return latency_table(facts, choices, goal.backend)
+
+
+def made_plan(
+    facts: Trace,
+    decisions: Sequence[Decision],
+    *,
+    share: bool,
+    budget: tuple[str, ...] = (),
+    table: LatencyTable | None = None,
+) -> Plan:
     """The plan of a model from the decisions about its sites; ``share`` as in ``with_orders``."""
+    ordered = with_orders(decisions, facts.streams, share=share)
     return Plan(
         model=type(facts.model).__name__,
         fingerprint=fingerprint(facts.model),
@@ -206,10 +213,11 @@ def made_plan(facts: Trace, decisions: Sequence[Decision], *, share: bool, budge
         params=facts.params,
         macs=facts.count.macs,
         uncounted=facts.count.outside,
-        decisions=with_orders(decisions, facts.streams, share=share),
+        decisions=ordered if table is None else table.timed(ordered),
         lifted=facts.lifted,
         arguments=facts.arguments,
         budget=budget,
+        latency=None if table is None else table.forecast(ordered),
     )
 
 
@@ -244,39 +252,6 @@ def _decide(site: Site, default: GhostSpec, skip: list[str], overrides: Mapping[
 
 def _matching(site: Site, overrides: Mapping[str, GhostSpec | None]) -> list[str]:
     return [pattern for pattern in overrides if fnmatchcase(site.name, pattern)]
-
-
-def with_orders(decisions: Sequence[Decision], streams: Streams, *, share: bool = True) -> tuple[Decision, ...]:
-    """Say how the channels of every Ghost unit get where they belong; see [Decision][ghostify.spec.Decision].
-
-    One order is possible for every stream. It is that of one unit, if it makes more of the stream than
-    all other units together (those of a gate, say); else the units that are alike share one. Other
-    makers follow, if their groups let them.
-
-    Args:
-        decisions: For every site.
-        streams: From the graph.
-        share: Whether units may share an order, which costs each some of its choice.
-    """
-    numbers = {made.site.name: sum(math.prod(call.output_shape) for call in made.site.calls) for made in decisions}
-    orders: dict[str, ChannelOrder] = {made.site.name: "index" for made in decisions if made.replaced}
-    bound = {made.site.name for made in decisions if made.site.groups > 1}
-    together: dict[int, list[Decision]] = {}
-    for made in decisions:
-        stream = streams.made_by.get(made.site.name)
-        if made.replaced and stream is not None and stream not in streams.fixed:
-            together.setdefault(stream, []).append(made)
-    for stream, units in together.items():
-        largest = max(units, key=lambda made: numbers[made.site.name])
-        total = sum(numbers[made.site.name] for made in units)
-        (usual, _), *_ = Counter(made.spec for made in units).most_common(1)
-        alike = [made for made in units if made.spec == usual]
-        if 2 * numbers[largest.site.name] > total:
-            if not bound & {*streams.makers(stream)} - {largest.site.name}:
-                orders[largest.site.name] = "folded"
-        elif share and len(alike) > 1 and not bound & {*streams.makers(stream)}:
-            orders |= {made.site.name: "shared" for made in alike}
-    return tuple(replace(made, order=orders.get(made.site.name, "")) for made in decisions)
 
 
 def _with_possible_placement(site: Site, spec: GhostSpec) -> tuple[GhostSpec, str]:

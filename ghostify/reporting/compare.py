@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghostify.backends.runners import device_name, device_of
+from ghostify.backends.runners import Backend, device_name, device_of
 from ghostify.distillation.history import Epoch
 from ghostify.errors import InputsError
 from ghostify.reporting.accuracy import NoClassScores, measure_accuracy
 from ghostify.reporting.latency import LatencyOptions, measure_latency
-from ghostify.reporting.report import Environment, ModelNumbers, Report
-from ghostify.spec import Plan
+from ghostify.reporting.report import Environment, Latency, ModelNumbers, Report
+from ghostify.spec import Forecast, Plan
 from ghostify.tracing.counting import count_macs, count_params, state_bytes
 from ghostify.tracing.example import Example, ExampleInputs, require_module, same_shapes, shapes_of
 
@@ -76,7 +76,11 @@ def compare(
                 remarks.append(f"Accuracy is left out: {reason}, and accuracy needs class scores (n, classes).")
         timed = None
         if latency is not None:
+            forecast = None if plan is None or plan.input_shapes != example.shapes else plan.latency
+            if forecast is not None and latency.backend is None and not latency.channels_last:
+                latency = dataclasses.replace(latency, backend=Backend(forecast.backend, forecast.threads))
             timed = measure_latency(original, compressed, example_inputs=example, options=latency)
+            remarks += _remarks_on_forecast(forecast, timed, latency)
     return Report(
         original=before,
         compressed=after,
@@ -135,6 +139,15 @@ def _remarks_on_counts(before: ModelNumbers, after: ModelNumbers, plan: Plan | N
                 f"{measured[what][1]:,}: the plan is another model's, or "
                 "the model was changed since."
             )
+
+
+def _remarks_on_forecast(forecast: Forecast | None, timed: Latency, latency: LatencyOptions) -> Iterator[str]:
+    """What was expected when the plan was made, beside what was measured."""
+    if forecast is not None and latency.backend == Backend(forecast.backend, forecast.threads):
+        yield (
+            f"Latency was planned: {forecast.left:.3f} of the original was expected ({forecast.original_ms:.2f} → "
+            f"{forecast.converted_ms:.2f} ms, layers timed one by one), {1 / timed.ratio:.3f} is measured."
+        )
 
 
 def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:

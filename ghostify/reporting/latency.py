@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ghostify.backends.runners import device_name, device_of
+from ghostify.backends.folding import fold
+from ghostify.backends.runners import Backend, device_name, device_of, running, runs_of
 from ghostify.backends.timing import Effort, interleaved
 from ghostify.errors import InputsError, OptionError
 from ghostify.reporting.report import Latency, Timing
 from ghostify.tracing.example import Example, ExampleInputs, evaluating
 
 _FEWEST_PAIRS = 5  # quartiles of fewer say nothing
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class LatencyOptions:
         warmup: Runs of each model before the first timed one.
         seconds: Warm-up and timed runs each stop early after this time, the timed ones not before 5 pairs.
         channels_last: Measure copies of both models, and the inputs, in channels-last memory format.
+        backend: What to run both models on, a [Backend][ghostify.Backend] or its name; by default that for which the
+            plan was made, or else torch as it is set up.
 
     Raises:
         OptionError: A value is outside its range.
@@ -38,12 +42,17 @@ class LatencyOptions:
     warmup: int = 5
     seconds: float = 10.0
     channels_last: bool = False
+    backend: Backend | str | None = None
 
     def __post_init__(self) -> None:
         if self.repeats < _FEWEST_PAIRS:
             raise OptionError(f"repeats={self.repeats!r} is too few for a median and quartiles. Use 5 or more.")
         if self.warmup < 0:
             raise OptionError(f"warmup={self.warmup!r} is negative. Use 0 or more runs.")
+        if self.backend is not None:
+            object.__setattr__(self, "backend", Backend.of(self.backend))
+            if self.channels_last:
+                raise OptionError(f"channels_last=True is torch's: backend={self.backend} chooses its own layout.")
         if not self.seconds > 0:
             raise OptionError(f"seconds={self.seconds!r} is not a time. Use a positive number, such as 10.")
 
@@ -75,10 +84,15 @@ def measure_latency(
     models = (original, compressed)
     if options.channels_last:
         models = (_channels_last_copy(original), _channels_last_copy(compressed))
-    runs = [_runner(model, example, options.channels_last) for model in models]
-
     effort = Effort(options.repeats, _FEWEST_PAIRS, options.warmup, options.seconds)
-    with evaluating(*models), torch.inference_mode():
+    backend = Backend("torch", torch.get_num_threads()) if options.backend is None else Backend.of(options.backend)
+    if backend.folds:
+        models, device = (fold(original, example_inputs=example), fold(compressed, example_inputs=example)), _CPU
+    with evaluating(*models), running(backend):
+        if options.channels_last:
+            runs = [_channels_last_run(model, example) for model in models]
+        else:
+            runs = [runs_of(backend, [model], example)[0] for model in models]
         times = interleaved(runs, effort, device)
     ratio = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
     return Latency(
@@ -90,8 +104,8 @@ def measure_latency(
         pairs=len(times),
         pairs_asked=options.repeats,
         warmup=options.warmup,
-        threads=torch.get_num_threads(),
-        backend=f"torch eager, {device_name(device)}",
+        threads=backend.threads,
+        backend=f"{'torch eager' if backend.name == 'torch' else backend.name}, {device_name(device)}",
         dtype=_dtypes(models),
         channels_last=options.channels_last,
     )
@@ -107,13 +121,10 @@ def _shared_device(original: nn.Module, compressed: nn.Module) -> torch.device:
     return device
 
 
-def _runner(model: nn.Module, example: Example, channels_last: bool) -> Callable[[], object]:
-    """A call without arguments; the inputs are moved beforehand, so no copy is timed."""
+def _channels_last_run(model: nn.Module, example: Example) -> Callable[[], object]:
     moved = example.to(model)
-    if channels_last:
-        args, kwargs = tree_map(_to_channels_last, (moved.args, moved.kwargs))
-        moved = Example(args, kwargs)
-    return lambda: model(*moved.args, **moved.kwargs)
+    args, kwargs = tree_map(_to_channels_last, (moved.args, moved.kwargs))
+    return lambda: model(*args, **kwargs)
 
 
 def _to_channels_last(leaf: object) -> object:

@@ -20,31 +20,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ghostify.tracing.graph import ACTIVATIONS, is_batch_norm
+from ghostify.tracing.alike import ALIKE, is_alike, is_alike_call, is_known
+from ghostify.tracing.graph import is_batch_norm
 from ghostify.tracing.sites import has_hooks, parameter_owners
 
-# Modules that treat every channel alike, and have no parameters.
-_ALIKE: tuple[type[nn.Module], ...] = (
-    *ACTIVATIONS, nn.RReLU, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold,
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
-    nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d,
-)  # fmt: skip
-# Those of torchvision and timm.
-_ALIKE_BY_NAME = {
-    "StochasticDepth", "DropPath", "Swish", "Mish", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "HardMish", "GELU",
-    "GELUTanh", "QuickGELU",
-}  # fmt: skip
-# Functions and methods of one map, by name.
-_ALIKE_CALLS = {
-    "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "silu", "gelu", "mish", "hardtanh", "hardswish",
-    "hardsigmoid", "sigmoid", "tanh", "softplus", "clamp", "dropout", "dropout1d", "dropout2d", "dropout3d",
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "interpolate", "contiguous", "clone", "neg",
-    "abs", "exp", "sqrt", "square", "float",
-}  # fmt: skip
 _TOGETHER = {"add", "sub", "mul", "truediv", "div", "iadd", "isub", "imul", "maximum", "minimum"}
 _TOLD_OF = {"size", "dim"}
 
@@ -147,13 +126,13 @@ class _Search:
     def _module(self, node: fx.Node, values: dict[fx.Node, _Maps]) -> _Maps | None:
         name, inputs = str(node.target), [values[n] for n in node.all_input_nodes if n in values]
         module = self.model.get_submodule(name)
-        plain = len(node.args) == 1 and not node.kwargs and not has_hooks(module)
+        plain = len(node.args) == 1 and not node.kwargs and not has_hooks(module) and is_known(module)
         maps = inputs[0] if plain and len(inputs) == 1 else None
         if plain and isinstance(module, _ConvNd | nn.Linear):
             return self._layer(name, module, maps)
         if maps is None:
             return self._unknown(inputs)
-        if isinstance(module, _ALIKE) or type(module).__name__ in _ALIKE_BY_NAME:
+        if is_alike(module, maps.dims):
             return maps
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return _Maps(maps.streams, 2, flat=True)
@@ -216,7 +195,9 @@ class _Search:
             return self._in_a_row(node, values)
         if first is None:
             return self._unknown(inputs)
-        if alone and (name in _ALIKE_CALLS or _keeps_channels(node, name, first.dims)):
+        if alone and is_alike_call(name, first.dims):
+            return first
+        if alone and _keeps_channels(node, first.dims):
             return first
         if _flattens(node, name):
             return _Maps(first.streams, 2, flat=True)
@@ -235,7 +216,7 @@ class _Search:
         one, other = inputs
         if one.dims != other.dims or one.flat != other.flat:
             return self._unknown(inputs)
-        if 1 in (self._width(one), self._width(other)):
+        if not one.flat and 1 in (self._width(one), self._width(other)):
             return other if self._width(one) == 1 else one
         sizes = [[self.sizes[stream] for stream in maps.streams] for maps in inputs]
         if sizes[0] != sizes[1]:
@@ -269,7 +250,7 @@ class _Search:
 
 def _is_simple(module: nn.Module) -> bool:
     """Whether all that it holds is its own, but for an activation, as in timm's batch norms."""
-    return all(isinstance(child, _ALIKE) for child in module.modules() if child is not module)
+    return all(isinstance(child, ALIKE) for child in module.modules() if child is not module)
 
 
 def _has_one_weight(module: nn.Module, outputs: int) -> bool:
@@ -296,8 +277,13 @@ def _flattens(node: fx.Node, name: str) -> bool:
         return bool(start == 1) and len(arguments) < 2 and "end_dim" not in node.kwargs
     if name in ("view", "reshape") and not node.kwargs:
         shape = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], list | tuple) else arguments
-        return len(shape) == 2 and shape[1] == -1
+        return len(shape) == 2 and shape[1] == -1 and _is_batch(shape[0])
     return False
+
+
+def _is_batch(size: Any) -> bool:
+    """Whether it is the number of examples, as ``x.size(0)`` or ``x.shape[0]`` tells it."""
+    return isinstance(size, fx.Node) and size.target in ("size", operator.getitem) and size.args[1:] == (0,)
 
 
 def _averages(node: fx.Node, dims: int) -> int:
@@ -311,7 +297,7 @@ def _averages(node: fx.Node, dims: int) -> int:
     return dims if keep is True else 2 if keep is False else 0
 
 
-def _keeps_channels(node: fx.Node, name: str, dims: int) -> bool:
+def _keeps_channels(node: fx.Node, dims: int) -> bool:
     """Whether a node cuts out or adds places of a map, and leaves its channels as they are."""
     if node.target is operator.getitem:
         index = node.args[1]

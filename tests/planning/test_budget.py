@@ -145,7 +145,6 @@ def test_overrides_and_skip_stay_in_force():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"budget": {"latency": 0.5}, "calibration": IMAGES}, "no budget of latency yet"),
         ({"budget": {"flops": 0.5}, "calibration": IMAGES}, "'flops': 0.5}: the key is unknown.*size_bytes"),
         ({"budget": {"macs": 0}, "calibration": IMAGES}, "'macs': 0} is no finite number above 0"),
         ({"budget": {"macs": float("nan")}, "calibration": IMAGES}, "is no finite number"),
@@ -154,7 +153,8 @@ def test_overrides_and_skip_stay_in_force():
         ({"budget": {"macs": 1.5}, "calibration": IMAGES}, "'macs': 1.5} is neither a fraction"),
         ({"budget": {}, "calibration": IMAGES}, "is not a dict of limits"),
         ({"budget": 0.5, "calibration": IMAGES}, "budget=0.5 is not a dict"),
-        ({"budget": {"macs": 0.5}}, "needs calibration"),
+        ({"budget": {"macs": 0.5}, "backend": "tensorrt"}, "backend='tensorrt' is unknown. Use one of torch"),
+        ({"backend": "torch", "ratio": 2}, "backend='torch' is given without a budget"),
         ({"budget": {"macs": 0.5}, "keep": 0.9, "calibration": IMAGES}, "keep=0.9 are both given"),
         ({"budget": {"macs": 0.5}, "ratio": 2, "calibration": IMAGES}, "ratio=2 are both given"),
     ],
@@ -189,7 +189,7 @@ def test_the_frontier_is_measured_once_and_is_that_of_single_plans(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"key": "latency"}, "key='latency' is unknown"),
+        ({"key": "flops"}, "key=.flops. is unknown"),
         ({"points": 0}, "points=0 is neither"),
         ({"points": []}, r"points=\[\] is neither"),
         ({"points": [0.5, -1]}, "'macs': -1} is no finite"),
@@ -236,7 +236,8 @@ def test_ties_are_broken_alike():
     [
         (["--budget", "macs=0.9", "--budget", "params=0.95", "--calibration", "digits"], 0, "params "),
         (["--budget", "macs", "--calibration", "digits"], 1, "budget='macs' is not KEY=NUMBER"),
-        (["--budget", "macs=0.9", "--input-shape", "1,8,8"], 1, "needs calibration inputs"),
+        (["--budget", "macs=0.9", "--input-shape", "1,8,8"], 0, "macs "),
+        (["--threads", "2", "--input-shape", "1,8,8"], 1, "threads=2 is given without a backend"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "convert"])
@@ -260,6 +261,18 @@ def test_the_command_takes_budgets(command, arguments, status, told, tmp_path, m
 
 
 def test_a_fraction_is_meant_in_decimals():
-    assert budget._absolute(0.29, 100) == 29
-    assert budget._absolute(1e-9, 100) == 0
-    assert budget._absolute(2e6, 100) == 2_000_000
+    assert budget._absolute("macs", 0.29, 100) == 29
+    assert budget._absolute("macs", 1e-9, 100) == 0
+    assert budget._absolute("macs", 2e6, 100) == 2_000_000
+
+
+def test_the_frontier_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    curve = frontier(net(), points=3, calibration=IMAGES)
+    curve.plot(tmp_path / "curve.svg")
+    curve.plot(tmp_path / "curve.png")
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(OptionError, match=r"curve\.pdf' ends neither in \.svg"):
+        curve.plot(tmp_path / "curve.pdf")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["curve.png", "curve.svg"]

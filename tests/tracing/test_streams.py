@@ -91,6 +91,68 @@ def test_where_the_channels_do_not_stay_alike_their_order_is_fixed(join):
     assert not free(found, "b")
 
 
+class Swish(nn.Module):
+    """Named as one of timm's, with a number of its own for every channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * x)
+
+
+class HalfReLU(nn.ReLU):
+    def forward(self, x):
+        return torch.cat([super().forward(x[:, :2]), x[:, 2:]], 1)
+
+
+class HalfNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return torch.cat([super().forward(x)[:, :2], x[:, 2:]], 1)
+
+
+class Shift(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(torch.cat([x[:, :2].roll(1, 2), x[:, 2:]], 1))
+
+
+class Named(nn.ReLU):
+    """A class of one's own that does what its base class does."""
+
+
+@pytest.mark.parametrize("follow", [Swish(), HalfReLU(), HalfNorm(4), Shift(4, 4, 1)])
+def test_a_forward_that_somebody_else_wrote_fixes_the_order(follow):
+    assert not free(streams(nn.Sequential(nn.Conv2d(3, 4, 3), follow, nn.Conv2d(4, 2, 1))), "0")
+    assert free(streams(nn.Sequential(nn.Conv2d(3, 4, 3), Named(), nn.Conv2d(4, 2, 1))), "0")
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool3d((3, 1, 1), 1, (1, 0, 0)), nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0))])
+def test_a_pool_that_takes_channels_for_places_fixes_the_order(pool):
+    assert not free(streams(nn.Sequential(nn.Conv2d(3, 4, 3), pool, nn.Conv2d(4, 2, 1))), "0")
+    found = streams(Net(lambda net, a, b: F.max_pool3d(a, (3, 1, 1), 1, (1, 0, 0)) + F.max_pool2d(b, 1)))
+    assert not free(found, "a")
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_view_that_makes_examples_of_channels_fixes_the_order(groups):
+    class Rows(Net):
+        def forward(self, x):
+            a = self.a(x)
+            return self.head(a.view(a.size(0) * groups, -1) if groups > 1 else a.view(a.shape[0], -1))
+
+    assert free(streams(Rows(None, head=nn.Linear(4 * 64 // groups, 2))), "a") == (groups == 1)
+
+
+def test_a_flattened_map_of_one_channel_meets_channels():
+    class Meets(Net):
+        def forward(self, x):
+            places = F.adaptive_avg_pool2d(self.one(x), 2).flatten(1)
+            return self.head(places * self.a(x).mean((2, 3), keepdim=True).flatten(1))
+
+    assert not free(streams(Meets(None, one=nn.Conv2d(3, 1, 1), head=nn.Linear(4, 2))), "a")
+
+
 @pytest.mark.parametrize(
     "follow",
     [

@@ -1,0 +1,270 @@
+"""Ghost networks on CIFAR-10, and what they are to be compared with, at equal MACs and with the same distillation.
+
+    python -m examples.cifar10 --network resnet20 --method ghost random narrow pruned --ratio 2 4 --seeds 0 1 2
+    python -m examples.cifar10 --network resnet56 --ratio 3 --fusion add mul
+    python -m examples.cifar10 --network vgg16 --method teacher --epochs 200 --lr 0.1 --warmup 0.3
+    python -m examples.cifar10 --report-only
+
+Every run has a folder of its own in `--out`. One that was stopped goes on when the same command is given again; one
+that is finished is not run again. 5,000 of the training images make every choice (`--val`); the test images are scored
+once in a run, at its end. `--report-only` takes what is finished into docs/results.json, and makes the table and the
+plot of docs/results.md from that. VGG-16 and MobileNetV2 have no weights before `--method teacher` has trained them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import ghostify
+from benchmarks.controls import NETWORKS, narrowed, plain, pruned
+from benchmarks.networks import SHARED, accuracy
+from benchmarks.pages import Row, measured_on
+from benchmarks.results import hardware, write_page
+from ghostify.distillation import LOSSES, DataOptions, Splits
+from ghostify.distillation.checkpoint import snapshot, write_weights
+from ghostify.distillation.optimisation import uses_bf16
+from ghostify.files import atomic_file
+from ghostify.tracing.counting import count_macs, count_params
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one run is.
+
+    Attributes:
+        network: Of the teacher.
+        method: How the student is made, a name in ``METHODS``.
+        ratio: Of every Ghost unit, or of those whose MACs the student is to have.
+        fusion: Of the same.
+        epochs: Of training.
+        images: Unlabelled training images to start from.
+        seed: Of everything random.
+        loss: As in ``DistillConfig``, as the rest.
+        lr: Peak.
+        warmup: Share of the steps before it.
+        batch: Images in a batch.
+    """
+
+    network: str
+    method: str
+    ratio: float
+    fusion: str
+    epochs: int
+    images: int
+    seed: int
+    loss: str
+    lr: float
+    warmup: float
+    batch: int
+
+    def __str__(self) -> str:
+        form = "" if self.fusion == "concat" else f"-{self.fusion}"
+        return f"{self.network}-{self.method}-s{self.ratio:g}{form}-{self.epochs}epochs-seed{self.seed}"
+
+    def ghost(self, teacher: nn.Module, images: Tensor, initialiser: str) -> nn.Module:
+        """The teacher with Ghost units."""
+        return ghostify.convert(
+            teacher,
+            spec=self.spec,
+            example_inputs=images[:1],
+            calibration=images,
+            initialiser=initialiser,
+            seed=self.seed,
+        )
+
+    def macs(self, teacher: nn.Module, images: Tensor) -> int:
+        """What the teacher would come down to with Ghost units."""
+        return ghostify.plan(teacher, spec=self.spec, example_inputs=images[:1]).macs_after
+
+    @property
+    def spec(self) -> ghostify.GhostSpec:
+        """The options of every Ghost unit."""
+        return ghostify.GhostSpec(ratio=self.ratio, fusion=self.fusion)  # type: ignore[arg-type]
+
+
+def started(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+    """Ghost units that start from the old weights."""
+    return case.ghost(teacher, images, "alternating")
+
+
+def random(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+    """The same units, from random weights."""
+    return case.ghost(teacher, images, "random")
+
+
+def narrow(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+    """A narrower plain network, from random weights."""
+    return narrowed(case.network, case.macs(teacher, images), images, case.seed)
+
+
+def without_channels(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+    """The teacher without the channels that torch-pruning takes away."""
+    return pruned(case.network, teacher, case.macs(teacher, images), images)
+
+
+def itself(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+    """The teacher, or a network that is to become one."""
+    return plain(case.network, case.seed) if case.epochs else teacher
+
+
+METHODS: dict[str, Callable[[Case, nn.Module, Tensor], nn.Module]] = {
+    "teacher": itself,
+    "ghost": started,
+    "undistilled": started,
+    "labels": started,  # trained with these alone: distillation without a teacher
+    "random": random,
+    "narrow": narrow,
+    "pruned": without_channels,
+}
+WITH_FUSION = ("ghost", "undistilled", "labels", "random")
+BY_LABELS = ("teacher", "labels")
+
+
+def run(case: Case, options: argparse.Namespace) -> Row:
+    """Make a student, train it, score it; go on where the same run was stopped."""
+    folder: Path = options.out / str(case)
+    on = begun(case, folder, options.threads)
+    data = ghostify.load_data(
+        f"parquet:{options.data}", DataOptions(seed=case.seed, batch_size=case.batch, val_size=options.val)
+    )
+    # A network in training needs a teacher as well, though that one's answers count for nothing.
+    teacher = weights_of("resnet20" if case.method == "teacher" and case.epochs else case.network, options)
+    images = data.train.sample(case.images)  # type: ignore[attr-defined]
+
+    clock = time.perf_counter()
+    student = METHODS[case.method](case, teacher, images)
+    row: Row = {**asdict(case), "start_seconds": time.perf_counter() - clock}
+    row |= {"params": count_params(student), "macs": count_macs(student, images[:1]).macs}
+    student.to(options.device)
+    if case.epochs:
+        row |= trained(case, student, teacher.to(options.device), data, folder)
+    row |= {"test": accuracy(student.eval(), data.test)}
+    row |= {"hardware": hardware(options.device, options.threads), "on": on}
+    if case.method == "teacher" and case.epochs:
+        write_weights(weights_file(options.out, case.network), snapshot(student))
+    write(folder / "row.json", row)
+    return row
+
+
+def trained(case: Case, student: nn.Module, teacher: nn.Module, data: Splits, folder: Path) -> Row:
+    """Train a student in place; the validation images choose the epoch."""
+    config = ghostify.DistillConfig(
+        loss=case.loss,
+        lr=case.lr,
+        warmup=case.warmup,
+        hard_weight=float(case.method in BY_LABELS),
+        seed=case.seed,
+    )
+    done = ghostify.distill(
+        student,
+        teacher=teacher,
+        data=data.train,
+        val=data.val,
+        epochs=case.epochs,
+        out=folder,
+        config=config,
+        resume=True,
+    )
+    assert done.start is not None  # there are validation images
+    return {
+        "start": 100 * (done.start.accuracy or 0),
+        "validation": [100 * (epoch.val_accuracy or 0) for epoch in done.history],
+        "best_epoch": done.best_epoch,
+        "seconds": sum(epoch.seconds or 0 for epoch in done.history),
+        "precision": "bf16" if uses_bf16(config.precision, next(student.parameters()).device) else "fp32",
+    }
+
+
+def weights_file(folder: Path, network: str) -> Path:
+    """Where a folder has the weights of a network, if it does."""
+    return folder / f"cifar10_{network}.safetensors"
+
+
+def weights_of(network: str, options: argparse.Namespace) -> nn.Module:
+    """A teacher with the weights that were given, or else those that were trained here."""
+    model = plain(network)
+    for folder in (options.weights, options.out):
+        if weights_file(folder, network).is_file():
+            model.load_state_dict(load_file(weights_file(folder, network)))
+            return model.eval()
+    raise SystemExit(f"{weights_file(options.weights, network)} is not there. Train it: --method teacher")
+
+
+def begun(case: Case, folder: Path, threads: int) -> str:
+    """Note what a run is, when it begins and whenever it goes on, and refuse another one's folder."""
+    file, now = folder / "case.json", {"case": asdict(case), "on": [measured_on(threads)]}
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["case"] != now["case"]:
+            raise SystemExit(f"{folder} holds a run with other settings, see case.json in it. Pass another --out.")
+        now["on"] = list(dict.fromkeys([*before["on"], *now["on"]]))
+    write(file, now)
+    return "; ".join(now["on"])
+
+
+def write(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """What the command line asks for; a setting that a method does not have counts once."""
+    choices = (options.seeds, options.network, options.ratio, options.fusion, options.method)
+    for seed, network, ratio, fusion, method in product(*choices):
+        settings = (options.images, seed, options.loss, options.lr, options.warmup, options.batch)
+        case = Case(network, method, ratio, fusion, options.epochs, *settings)
+        known = method == "teacher" and weights_file(options.weights, network).is_file()
+        if method == "undistilled" or known:
+            case = replace(case, epochs=0)
+        if method not in WITH_FUSION:
+            case = replace(case, fusion="concat")
+        yield replace(case, ratio=1.0) if method == "teacher" else case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, nargs="+", default=["resnet20"])
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=["ghost"])
+    parser.add_argument("--ratio", type=float, nargs="+", default=[2.0])
+    parser.add_argument("--fusion", choices=["concat", "add", "mul"], nargs="+", default=["concat"])
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--images", type=int, default=1024, help="unlabelled training images to start from")
+    parser.add_argument("--loss", choices=LOSSES, default="mse")
+    parser.add_argument("--lr", type=float, default=0.05, help="peak learning rate")
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps before the peak")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--val", type=int, default=5000, help="training images that are held out for every choice")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, default=SHARED / "cifar10", help="train-*.parquet and test-*.parquet")
+    parser.add_argument("--weights", type=Path, default=SHARED / "weights", help="cifar10_NETWORK.safetensors")
+    parser.add_argument("--out", type=Path, default=Path("cifar10-run"))
+    parser.add_argument("--report-only", action="store_true", help="run nothing, write the page")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.report_only:
+        write_page(options.out)
+        return
+    for case in dict.fromkeys(cases(options)):
+        if not (options.out / str(case) / "row.json").is_file():
+            row = run(case, options)
+            print(
+                {key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

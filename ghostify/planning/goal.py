@@ -1,0 +1,61 @@
+"""What decides the ratios of a plan, if a fixed one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ghostify.backends.runners import Backend
+from ghostify.errors import OptionError
+from ghostify.planning.budget import Budget, check_budget_options
+from ghostify.planning.keeping import check_keep_options
+from ghostify.tracing import Example
+
+_SENSITIVITIES = ("explained", "measured")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What decides the ratios, if a fixed one does not.
+
+    Attributes:
+        keep: As [plan][ghostify.plan] takes it.
+        budget: As [plan][ghostify.plan] takes it.
+        backend: On which every replaced site must pay, and latency is measured.
+        sensitivity: As [plan][ghostify.plan] takes it.
+        chunks: Calibration inputs; those of a fixed ratio are not looked at.
+    """
+
+    keep: float | None = None
+    budget: Budget | None = None
+    backend: Backend | None = None
+    sensitivity: str = "explained"
+    chunks: Sequence[Example] = ()
+
+    @staticmethod
+    def of(
+        keep: float | None,
+        budget: Budget | None,
+        backend: Backend | str | None,
+        sensitivity: str,
+        ratio: float | None,
+        chunks: Sequence[Example],
+    ) -> Goal:
+        """The goal from the arguments of [plan][ghostify.plan].
+
+        Raises:
+            OptionError: They contradict each other, or one cannot be used.
+        """
+        if sensitivity not in _SENSITIVITIES:
+            raise OptionError(f"sensitivity={sensitivity!r} is unknown. Use one of {', '.join(_SENSITIVITIES)}.")
+        if sensitivity == "measured" and (budget is None or not chunks):
+            raise OptionError("sensitivity='measured' needs a budget, and calibration inputs to measure on.")
+        if budget is not None:
+            check_budget_options(budget, keep, ratio)
+            if "latency" in budget and backend is None:
+                backend = Backend()
+        elif backend is not None:
+            raise OptionError(f"backend={backend!r} is given without a budget. Pass one, such as {{'latency': 0.7}}.")
+        elif keep is not None:
+            check_keep_options(keep, ratio, chunks)
+        return Goal(keep, budget, None if backend is None else Backend.of(backend), sensitivity, chunks)
