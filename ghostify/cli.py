@@ -164,7 +164,7 @@ def convert_command(
     started = model_plan(student)
     told = stored(out)
     if is_onnx(str(out)):
-        check = checked_export(student, out, example=example, data=None, config=ExportConfig(), as_json=as_json)
+        check = checked_export(student, out, example=example, config=ExportConfig(), as_json=as_json)
         told = f"\n\n{check}"
     else:
         save(student, out)

@@ -25,6 +25,7 @@ def export_command(
     data: OptionalData = None,
     agreement: Annotated[float, typer.Option(help="least share of the data that must be told the same class")] = 0.99,
     tolerance: Annotated[float, typer.Option(help="largest difference, as a share of the largest output")] = 1e-3,
+    latency: Annotated[bool, typer.Option("--latency", help="time both models in onnxruntime, in turn")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="let height and width be dynamic, too")] = False,
     opset: Annotated[int | None, typer.Option(help="version of the operator set")] = None,
     as_json: Json = False,
@@ -40,6 +41,7 @@ def export_command(
         out,
         example=example_for(base, model, input_shape) if example is None else example,
         data=None if splits is None else splits.test,
+        original=base if latency else None,
         config=config,
         as_json=as_json,
     )
@@ -55,11 +57,18 @@ def describe_command(
 
 
 def checked_export(
-    model: nn.Module, out: Path, *, example: Tensor, data: Iterable[Any] | None, config: ExportConfig, as_json: bool
+    model: nn.Module,
+    out: Path,
+    *,
+    example: Tensor,
+    config: ExportConfig,
+    as_json: bool,
+    data: Iterable[Any] | None = None,
+    original: nn.Module | None = None,
 ) -> ExportCheck:
     """Export a model; a check that failed is printed before the error goes on."""
     try:
-        return export_onnx(model, out, example_inputs=example, data=data, config=config)
+        return export_onnx(model, out, example_inputs=example, data=data, original=original, config=config)
     except ExportError as error:
         if error.check is None:
             raise

@@ -48,11 +48,12 @@ EXPORT = ("export", "nets.py:net", "small", "--input-shape", "1,8,8", "--out", "
 
 
 def test_export_on_data_with_dynamic_size_and_describe(called, tmp_path):
-    status, out, error = called(*EXPORT, "--data", "pictures:images", "--dynamic-size", "--json")
+    status, out, error = called(*EXPORT, "--data", "pictures:images", "--dynamic-size", "--latency", "--json")
     assert status == 0, error
     check = json.loads(out)
     assert [batch["source"] for batch in check["batches"]][-3:] == ["random 1×40×72", "example", "data"]
     assert check["batches"][-1]["top1"] == 1.0
+    assert check["latency"]["pairs"] >= 5
     sides = onnx.load(tmp_path / "small.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [side.dim_param for side in sides] == ["batch", "", "height", "width"]
     status, out, _ = called("describe", "small.onnx")

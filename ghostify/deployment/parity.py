@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ghostify.backends.onnx_program import named_outputs, with_batch, with_size
 from ghostify.errors import ExportError, InputsError, TraceError
+from ghostify.reporting.report import Latency
 from ghostify.tracing.example import Example
 
 # Pixels by which the other size is larger, each side by another number, so that none is taken for the other;
@@ -56,6 +57,7 @@ class ExportCheck:
         agreement: Least share of the data that had to be told the same class.
         batches: One entry for every batch that was compared.
         ops: How often each operator occurs, most frequent first.
+        latency: Of original and exported model in onnxruntime, if it was measured.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class ExportCheck:
     agreement: float
     batches: tuple[BatchCheck, ...]
     ops: dict[str, int]
+    latency: Latency | None = None
 
     @property
     def absolute(self) -> float:
@@ -86,7 +89,14 @@ class ExportCheck:
 
     def __str__(self) -> str:
         ops = ", ".join(f"{name} {count}" for name, count in self.ops.items())
-        return f"{self.path} ({self.bytes:,} bytes, opset {self.opset})\n{self.table()}\noperators: {ops}"
+        text = f"{self.path} ({self.bytes:,} bytes, opset {self.opset})\n{self.table()}\noperators: {ops}"
+        if (timed := self.latency) is None:
+            return text
+        before, after = timed.original, timed.compressed
+        return (
+            f"{text}\nlatency: {before.median:.2f} ms → {after.median:.2f} ms, {timed.ratio:.2f}× as fast "
+            f"(quartiles {timed.ratio_q25:.2f} to {timed.ratio_q75:.2f}, {timed.pairs} pairs; {timed.backend})"
+        )
 
 
 def open_session(runtime: Any, file: Path) -> Any:
