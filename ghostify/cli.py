@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from ghostify.cli_distill import distill_command
-from ghostify.cli_export import describe_command, export_command
+from ghostify.cli_export import checked_export, describe_command, export_command
 from ghostify.cli_inputs import calibration_images, example_for, sample
 from ghostify.cli_options import (  # fmt: skip
     BackendName,
@@ -44,7 +44,7 @@ from ghostify.cli_options import (  # fmt: skip
     trained,
 )
 from ghostify.conversion import INITIALISERS, apply
-from ghostify.deployment import load, save
+from ghostify.deployment import ExportConfig, load, save
 from ghostify.deployment.artefact import model_plan
 from ghostify.distillation import load_data
 from ghostify.distillation.history import read_history
@@ -53,7 +53,7 @@ from ghostify.files import atomic_file
 from ghostify.planning import plan
 from ghostify.reporting import compare
 from ghostify.spec import GhostSpec, Plan
-from ghostify.zoo import load_model
+from ghostify.zoo import is_onnx, load_model
 
 app = typer.Typer(
     help="Turn a trained CNN into a Ghost network: plan, convert, distil, compare, export.",
@@ -122,7 +122,7 @@ def plan_command(
 def convert_command(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the converted model")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the converted model, or a file .onnx")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="a stored plan; else one is made")] = None,
     ratio: Ratio = 2.0,
     dw_size: DwSize = 3,
@@ -144,7 +144,7 @@ def convert_command(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Replace convolutions by Ghost units that start from the old weights, and store the result."""
+    """Replace convolutions by Ghost units that start from the old weights, and store the result, or export it."""
     check_none_ignored(context)
     network = trained(model, pretrained, weights)
     inputs = calibration_images(calibration, images, seed)
@@ -166,9 +166,14 @@ def convert_command(
             calibration=inputs if keep is not None or budget else None,
         )
     student = apply(made, network, calibration=inputs, initialiser=initialiser, example_inputs=example, seed=seed)
-    save(student, out)
     started = model_plan(student)
-    show(started.to_json() if as_json else f"{started}{stored(out)}")
+    told = stored(out)
+    if is_onnx(str(out)):
+        check = checked_export(student, out, example=example, config=ExportConfig(), as_json=as_json)
+        told = f"\n\n{check}"
+    else:
+        save(student, out)
+    show(started.to_json() if as_json else f"{started}{told}")
 
 
 app.command(

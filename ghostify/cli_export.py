@@ -25,6 +25,7 @@ def export_command(
     data: OptionalData = None,
     agreement: Annotated[float, typer.Option(help="least share of the data that must be told the same class")] = 0.99,
     tolerance: Annotated[float, typer.Option(help="largest difference, as a share of the largest output")] = 1e-3,
+    latency: Annotated[bool, typer.Option("--latency", help="time both models in onnxruntime, in turn")] = False,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="let height and width be dynamic, too")] = False,
     opset: Annotated[int | None, typer.Option(help="version of the operator set")] = None,
     as_json: Json = False,
@@ -35,14 +36,16 @@ def export_command(
     config = ExportConfig(agreement=agreement, tolerance=tolerance, dynamic_size=dynamic_size, opset=opset)
     splits = None if data is None else load_data(data)
     example = sample(splits, 1) if splits is not None and input_shape is None else None
-    show_export(
+    check = checked_export(
         small,
         out,
         example=example_for(base, model, input_shape) if example is None else example,
         data=None if splits is None else splits.test,
+        original=base if latency else None,
         config=config,
         as_json=as_json,
     )
+    show(check.to_json() if as_json else str(check))
 
 
 def describe_command(
@@ -53,15 +56,21 @@ def describe_command(
     show(notes.to_json() if as_json else str(notes))
 
 
-def show_export(
-    model: nn.Module, out: Path, *, example: Tensor, data: Iterable[Any] | None, config: ExportConfig, as_json: bool
-) -> None:
-    """Export a model, and print its check; one that failed is printed before the error goes on."""
+def checked_export(
+    model: nn.Module,
+    out: Path,
+    *,
+    example: Tensor,
+    config: ExportConfig,
+    as_json: bool,
+    data: Iterable[Any] | None = None,
+    original: nn.Module | None = None,
+) -> ExportCheck:
+    """Export a model; a check that failed is printed before the error goes on."""
     try:
-        check: ExportCheck = export_onnx(model, out, example_inputs=example, data=data, config=config)
+        return export_onnx(model, out, example_inputs=example, data=data, original=original, config=config)
     except ExportError as error:
         if error.check is None:
             raise
         show(error.check.to_json() if as_json else error.check.table())
         raise ExportError(error.message) from error
-    show(check.to_json() if as_json else str(check))

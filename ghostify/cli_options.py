@@ -12,9 +12,11 @@ from torch import nn
 from ghostify.backends.runners import RUNNERS, Backend
 from ghostify.errors import OptionError
 from ghostify.planning import Budget, Override
-from ghostify.zoo import load_model
+from ghostify.zoo import is_onnx, load_model
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME or package.module:factory")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, package.module:factory or FILE.onnx")
+]
 Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a converted model")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="file of trained weights for MODEL")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="take the library's own trained weights")]
@@ -138,7 +140,7 @@ def chosen_backend(name: str | None, threads: int, budget: Budget | None) -> Bac
 
 def trained(name: str, pretrained: bool, weights: Path | None) -> nn.Module:
     """Load a model; one that was given no weights may well be random, which is said."""
-    if weights is None and not pretrained:
+    if weights is None and not pretrained and not is_onnx(name):
         show(
             f"note: {name} has the weights that it is made with, which may be random: neither --weights nor "
             "--pretrained is given",

@@ -18,14 +18,18 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ghostify._torchvision import import_torchvision
+from ghostify.deployment.onnx_in import read_model
 from ghostify.errors import ArtefactError, ModelNotFoundError, OptionError
 from ghostify.extras import require
 from ghostify.states import versioned
 
-_FORMS = "Names look like timm:resnet18, torchvision:mobilenet_v2, package.module:factory or path/to/file.py:factory."
+_FORMS = (
+    "Names look like timm:resnet18, torchvision:mobilenet_v2, package.module:factory, path/to/file.py:factory or "
+    "path/to/file.onnx."
+)
 _IMAGENET = (3, 224, 224)
 
 
@@ -37,7 +41,8 @@ def load_model(
     Args:
         name: ``timm:NAME``, ``torchvision:NAME``, ``package.module:ATTRIBUTE`` or
             ``path/to/file.py:ATTRIBUTE``. The attribute is a function or class that makes a model,
-            or a model, which is copied. Modules are also looked for in the current folder.
+            or a model, which is copied. Modules are also looked for in the current folder. Or
+            ``onnx:PATH``, or a path that ends in ``.onnx``: a plain CNN in an ONNX file, weights included.
         pretrained: Take the library's own trained weights, which it downloads; a factory of your
             own is called with ``pretrained=True``.
         weights: A file of trained weights to load instead: ``.safetensors``, or anything that
@@ -50,7 +55,8 @@ def load_model(
 
     Raises:
         ModelNotFoundError: Nothing has this name, or its trained weights cannot be had.
-        ArtefactError: The file of weights is missing, damaged, or belongs to another model.
+        ArtefactError: The file of weights is missing, damaged, or belongs to another model; or the ONNX file
+            cannot be read.
         OptionError: The model cannot be built with these options.
         MissingExtraError: The library is not installed.
 
@@ -58,7 +64,7 @@ def load_model(
         >>> type(load_model("ghostify.nn.cifar:resnet20", num_classes=100)).__name__
         'CifarResNet'
     """
-    source, separator, rest = name.rpartition(":")
+    source, separator, rest = ("onnx", ":", name.removeprefix("onnx:")) if is_onnx(name) else name.rpartition(":")
     if not separator or not source or not rest:
         raise ModelNotFoundError(f"name={name!r} names no model. {_FORMS}")
     if pretrained and weights is not None:
@@ -71,6 +77,11 @@ def load_model(
     if weights is not None:
         _load_weights(model, Path(weights), name)
     return model
+
+
+def is_onnx(name: str) -> bool:
+    """Whether a name stands for an ONNX file, which holds its weights."""
+    return name.startswith("onnx:") or name.lower().endswith(".onnx")
 
 
 def input_shape(model: nn.Module, name: str = "") -> tuple[int, ...] | None:
@@ -95,6 +106,10 @@ def input_shape(model: nn.Module, name: str = "") -> tuple[int, ...] | None:
         # timm's configuration describes its trained weights: in_chans=1 changes the model, not this entry.
         first = dict(model.named_modules()).get(str(config.get("first_conv")))
         return (getattr(first, "in_channels", channels), *sides)
+    if is_onnx(name) and isinstance(model, fx.GraphModule):
+        (shape, *others) = model.meta.get("input_shapes") or [None]
+        sides = () if shape is None else shape[1:]
+        return None if others or not sides or None in sides else sides
     if name.startswith("torchvision:"):
         if any(isinstance(module, nn.Conv3d) for module in model.modules()):
             return None  # a model of videos, whose number of frames is the user's
@@ -145,9 +160,17 @@ def _from_python(source: str, attribute: str, pretrained: bool, kwargs: dict[str
     return _build(name, found, pretrained, {**kwargs, "pretrained": True} if pretrained else kwargs)
 
 
+def _from_onnx(path: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if pretrained or kwargs:
+        given = ", ".join(["pretrained"] * pretrained + list(kwargs))
+        raise OptionError(f"name={path!r} is a model with its weights already, so {given} cannot be passed to it.")
+    return read_model(path)
+
+
 _LIBRARIES: dict[str, Callable[[str, bool, dict[str, Any]], nn.Module]] = {
     "timm": _from_timm,
     "torchvision": _from_torchvision,
+    "onnx": _from_onnx,
 }
 
 

@@ -1,4 +1,4 @@
-"""The sub-commands export and describe."""
+"""The sub-commands export and describe, and convert from and to ONNX."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import torch
 
 from ghostify.cli import main
 from ghostify.conversion import convert
-from ghostify.deployment import save
+from ghostify.deployment import read_notes, save
 from ghostify.spec import Plan
 
 NET = "from ghostify.nn.cifar import CifarResNet\ndef net():\n    return CifarResNet(1, in_channels=1)\n"
@@ -48,11 +48,12 @@ EXPORT = ("export", "nets.py:net", "small", "--input-shape", "1,8,8", "--out", "
 
 
 def test_export_on_data_with_dynamic_size_and_describe(called, tmp_path):
-    status, out, error = called(*EXPORT, "--data", "pictures:images", "--dynamic-size", "--json")
+    status, out, error = called(*EXPORT, "--data", "pictures:images", "--dynamic-size", "--latency", "--json")
     assert status == 0, error
     check = json.loads(out)
     assert [batch["source"] for batch in check["batches"]][-3:] == ["random 1×40×72", "example", "data"]
     assert check["batches"][-1]["top1"] == 1.0
+    assert check["latency"]["pairs"] >= 5
     sides = onnx.load(tmp_path / "small.onnx").graph.input[0].type.tensor_type.shape.dim
     assert [side.dim_param for side in sides] == ["batch", "", "height", "width"]
     status, out, _ = called("describe", "small.onnx")
@@ -81,3 +82,27 @@ def test_what_is_no_onnx_is_an_error_in_one_line(called):
     status, out, error = called("describe", "nets.py")
     assert (status, out) == (1, "")
     assert "no ONNX file" in error
+
+
+def test_an_onnx_file_becomes_a_smaller_one(called, tmp_path):
+    status, _, error = called(*EXPORT)
+    assert status == 0, error
+    (tmp_path / "small.onnx").rename(tmp_path / "net.onnx")
+    status, out, error = called("convert", "net.onnx", "--out", "ghost.onnx", "--ratio", "4")
+    assert status == 0, error
+    assert "random" not in error  # its weights are in the file
+    assert "become Ghost units" in out
+    assert "max rel error" in out
+    notes = read_notes(tmp_path / "ghost.onnx")
+    assert notes.plan.replaced
+    assert notes.inputs == {"input": "batch×1×8×8"}
+    assert called("plan", "onnx:net.onnx", "--json")[0] == 0
+
+
+def test_an_onnx_file_and_its_student_are_compared(called, tmp_path):
+    assert called(*EXPORT)[0] == 0
+    assert called("convert", "small.onnx", "--out", "smaller", "--json")[0] == 0
+    status, out, error = called("compare", "small.onnx", "smaller", "--json")
+    assert status == 0, error
+    report = json.loads(out)
+    assert report["compressed"]["params"] < report["original"]["params"]

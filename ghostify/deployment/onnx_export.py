@@ -7,7 +7,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from ghostify.deployment.parity import BatchCheck, ExportCheck, compare_on_data,
 from ghostify.errors import ExportError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
+from ghostify.reporting import LatencyOptions
+from ghostify.reporting.latency import measure_latency
 from ghostify.spec import Plan
 from ghostify.tracing.example import Example, ExampleInputs, require_module
 
@@ -69,6 +71,7 @@ def export_onnx(
     *,
     example_inputs: ExampleInputs,
     data: Iterable[Any] | None = None,
+    original: nn.Module | None = None,
     config: ExportConfig | None = None,
 ) -> ExportCheck:
     """Write a model as one ONNX file with a dynamic batch, checked against the model in onnxruntime.
@@ -90,10 +93,12 @@ def export_onnx(
             keyword arguments. Every tensor whose first dimension is ``n`` gets a dynamic batch.
         data: Real inputs to compare on, too: batches ``(n, …)``, or ``(inputs, targets)``, for models of one
             input. Where the model gives class scores, the classes must agree as ``config`` says.
+        original: The model before its conversion: both are then timed in turn in onnxruntime, on one thread, on the
+            example inputs as given.
         config: How to write it, and what it must pass; see [ExportConfig][ghostify.ExportConfig].
 
     Returns:
-        Sizes, operators and errors.
+        Sizes, operators and errors, and latencies if there is an original.
 
     Raises:
         ConversionError: The folded form gives other outputs.
@@ -104,6 +109,8 @@ def export_onnx(
         OutputError: The file cannot be written.
     """
     require_module(model, "model")
+    if original is not None:
+        require_module(original, "original")
     config = config or ExportConfig()
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
@@ -133,7 +140,11 @@ def export_onnx(
             ops=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
         )
         _check_parity(check, type(model).__name__)
-    return check
+    if original is None:
+        return check
+    # With the example as it was given: the original's forward may name its arguments in another way.
+    options = LatencyOptions(backend="onnxruntime")
+    return replace(check, latency=measure_latency(original, model, example_inputs=example_inputs, options=options))
 
 
 def _plain_copy(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ghostify.backends.onnx_program import named_outputs, with_batch, with_size
 from ghostify.errors import ExportError, InputsError, TraceError
+from ghostify.reporting.report import Latency
 from ghostify.tracing.example import Example
 
 # Pixels by which the other size is larger, each side by another number, so that none is taken for the other;
@@ -56,6 +57,7 @@ class ExportCheck:
         agreement: Least share of the data that had to be told the same class.
         batches: One entry for every batch that was compared.
         ops: How often each operator occurs, most frequent first.
+        latency: Of original and exported model in onnxruntime, if it was measured.
     """
 
     path: Path
@@ -65,6 +67,7 @@ class ExportCheck:
     agreement: float
     batches: tuple[BatchCheck, ...]
     ops: dict[str, int]
+    latency: Latency | None = None
 
     @property
     def absolute(self) -> float:
@@ -86,7 +89,14 @@ class ExportCheck:
 
     def __str__(self) -> str:
         ops = ", ".join(f"{name} {count}" for name, count in self.ops.items())
-        return f"{self.path} ({self.bytes:,} bytes, opset {self.opset})\n{self.table()}\noperators: {ops}"
+        text = f"{self.path} ({self.bytes:,} bytes, opset {self.opset})\n{self.table()}\noperators: {ops}"
+        if (timed := self.latency) is None:
+            return text
+        before, after = timed.original, timed.compressed
+        return (
+            f"{text}\nlatency: {before.median:.2f} ms → {after.median:.2f} ms, {timed.ratio:.2f}× as fast "
+            f"(quartiles {timed.ratio_q25:.2f} to {timed.ratio_q75:.2f}, {timed.pairs} pairs; {timed.backend})"
+        )
 
 
 def open_session(runtime: Any, file: Path) -> Any:
@@ -127,7 +137,7 @@ def compare_on_examples(
     if other_size:
         larger = with_size(example, _LARGER, generator)
         runs.append((f"random {'×'.join(map(str, larger.tensors()[0].shape[1:]))}", larger))
-    return tuple(_check_batch(session, reference, source, run) for source, run in [*runs, ("example", example)])
+    return tuple(compare_batch(session, reference, source, run) for source, run in [*runs, ("example", example)])
 
 
 def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], example: Example) -> BatchCheck:
@@ -161,7 +171,7 @@ def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], exa
                 "inputs, or (inputs, targets), as a DataLoader does."
             )
         given = Example((inputs,)).to(reference)
-        checks.append(_check_batch(session, reference, f"batch {number} of the data", given))
+        checks.append(compare_batch(session, reference, f"batch {number} of the data", given))
     if not checks:
         raise InputsError("data holds no batch. Pass an iterable of batches that was not used up before.")
     examples = sum(check.batch for check in checks)
@@ -175,7 +185,18 @@ def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], exa
     )
 
 
-def _check_batch(session: Any, reference: nn.Module, source: str, inputs: Example) -> BatchCheck:
+def compare_batch(session: Any, reference: nn.Module, source: str, inputs: Example) -> BatchCheck:
+    """Run file and model side by side on one batch.
+
+    Args:
+        session: Of the file.
+        reference: The model.
+        source: Where the batch comes from.
+        inputs: The batch.
+
+    Raises:
+        ExportError: One of them does not run, or the file's inputs or shapes are not the model's.
+    """
     where = f"a batch of {inputs.batch} ({source})"
     try:
         expected = {name: value.cpu().numpy() for name, value in named_outputs(inputs.run(reference)).items()}

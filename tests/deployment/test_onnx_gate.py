@@ -175,3 +175,15 @@ def test_a_slice_is_in_no_folded_unit(images: Tensor, tmp_path: Path, monkeypatc
     monkeypatch.setattr("ghostify.deployment.operators.FoldedGhost", GhostConv2d)
     with pytest.raises(ExportError, match=r"2 operators .*Slice in 'features\.2'"):
         export_onnx(small, tmp_path / "no.onnx", example_inputs=images, config=ExportConfig(fold=False))
+
+
+def test_original_and_student_are_timed_in_onnxruntime(converted: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    check = export_onnx(converted, tmp_path / "m.onnx", example_inputs=images, original=make_net(), config=ONE)
+    timed = check.latency
+    assert timed is not None
+    assert timed.ratio_q25 <= timed.ratio <= timed.ratio_q75
+    assert timed.pairs >= 5
+    assert timed.backend.startswith("onnxruntime")
+    assert f"{timed.ratio:.2f}× as fast" in str(check)
+    with pytest.raises(InputsError, match="original='net'"):
+        export_onnx(converted, tmp_path / "m.onnx", example_inputs=images, original="net", config=ONE)  # type: ignore[arg-type]
