@@ -55,6 +55,8 @@ def _loaded(name: str) -> Any:
     try:
         if (Path(name) / "dataset_dict.json").is_file():
             return library.load_from_disk(name)
+        if (Path(name) / "state.json").is_file():  # of a single part
+            return {"train": library.load_from_disk(name)}
         return library.load_dataset(name)
     except ConnectionError as error:
         raise InputsError(

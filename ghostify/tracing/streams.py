@@ -77,6 +77,7 @@ class _Search:
     def __init__(self, graph: fx.Graph, model: nn.Module) -> None:
         self.graph, self.model = graph, model
         self.owners = parameter_owners(model)
+        self.held = Counter(id(buffer) for module in model.modules() for buffer in module.buffers(recurse=False))
         self.calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
         self.read_directly = {str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"}
         self.sizes: list[int] = []
@@ -176,8 +177,9 @@ class _Search:
         return maps
 
     def _is_ours(self, name: str, module: nn.Module) -> bool:
-        """Whether this one call alone uses the module's parameters."""
+        """Whether this one call alone uses the module's parameters and buffers."""
         shared = any(len(self.owners.get(id(parameter), ())) > 1 for parameter in module.parameters())
+        shared = shared or any(self.held[id(buffer)] > 1 for buffer in module.buffers())
         return self.calls[name] == 1 and not shared and name not in self.read_directly and _is_simple(module)
 
     def _call(self, node: fx.Node, values: dict[fx.Node, _Maps]) -> _Maps | None:

@@ -181,6 +181,13 @@ def test_a_stored_data_set_of_the_hub_s_library(tmp_path: Path) -> None:
     assert (data.num_classes, data.train.mean) == (3, (0.0,))
 
 
+def test_one_stored_part_is_the_training_images(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the data extra is not installed")
+    table(12).save_to_disk(str(tmp_path / "one"))
+    data = load_data(f"hf:{tmp_path}/one", AS_STORED)
+    assert values(data.train) | values(data.val) | values(data.test) == {value: value % 3 for value in range(12)}
+
+
 def test_a_folder_of_parquet_files_and_labels_that_are_kept_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,16 @@ def test_a_shared_module_or_parameter_fixes_the_order():
     assert not free(streams(nn.Sequential(nn.Conv2d(3, 4, 3), conv, twin, nn.Conv2d(4, 2, 1))), "0")
 
 
+def test_norms_with_the_same_statistics_fix_the_order():
+    one, other = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    join = lambda net, a, b: torch.cat([net.one(a), net.other(b)], 1)  # noqa: E731
+    assert free(streams(Net(join, channels=8, one=one, other=other)), "a")
+    other.running_mean = one.running_mean
+    found = streams(Net(join, channels=8, one=one, other=other))
+    assert not free(found, "a")
+    assert not free(found, "b")
+
+
 @pytest.mark.parametrize(
     "head",
     [
