@@ -61,7 +61,7 @@ def measured(network: str, backend: ghostify.Backend) -> Iterator[Row]:
         networks = [ghostify.fold(one, example_inputs=x) for one in networks]
     with running(backend):
         runs = [runs_of(backend, [one.eval()], Example.of(x))[0] for one in networks]
-        times = interleaved(runs, _NETWORK_EFFORT, torch.device("cpu"))
+        times = interleaved(runs, _NETWORK_EFFORT, torch.device("cpu"), threads=backend.threads)
     for column, (name, plan) in enumerate(plans.items(), start=1):
         left = np.percentile(times[:, column] / times[:, 0], [25, 50, 75])
         yield {

@@ -16,7 +16,7 @@ from benchmarks.pages import Row, add_rows, drawing, grouped, is_there, read_row
 DOCS = Path(__file__).parents[1] / "docs"
 CASE = ("network", "method", "ratio", "fusion", "epochs", "images", "seed", "loss", "lr", "warmup", "batch")
 SAME = tuple(name for name in CASE if name != "seed")  # of the runs that one line of the table is made of
-METHODS = ("teacher", "ghost", "labels", "random", "narrow", "pruned", "undistilled")  # in the order of the table
+METHODS = ("teacher", "ghost", "planned", "labels", "random", "narrow", "pruned", "undistilled")  # in order
 HEADERS = (
     "network",
     "method",

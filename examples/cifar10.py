@@ -98,6 +98,12 @@ def started(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
     return case.ghost(teacher, images, "alternating")
 
 
+def planned(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+    """As many MACs, spent where the network's answers lose least."""
+    budget = {"macs": case.macs(teacher, images)}
+    return ghostify.convert(teacher, budget=budget, sensitivity="measured", calibration=images, seed=case.seed)
+
+
 def random(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
     """The same units, from random weights."""
     return case.ghost(teacher, images, "random")
@@ -121,6 +127,7 @@ def itself(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
 METHODS: dict[str, Callable[[Case, nn.Module, Tensor], nn.Module]] = {
     "teacher": itself,
     "ghost": started,
+    "planned": planned,
     "undistilled": started,
     "labels": started,  # trained with these alone: distillation without a teacher
     "random": random,

@@ -35,6 +35,7 @@ from ghostify.cli_options import (  # fmt: skip
     Student,
     Threads,
     Weights,
+    check_none_ignored,
     chosen_backend,
     read_budget,
     read_overrides,
@@ -69,6 +70,7 @@ app = typer.Typer(
     epilog="Example: ghostify plan torchvision:resnet18 --ratio 2 --override 'layer4.*=3' --out plan.json",
 )
 def plan_command(
+    context: typer.Context,
     model: Model,
     ratio: Ratio = 2.0,
     dw_size: DwSize = 3,
@@ -91,9 +93,10 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Show, before anything is changed, what happens to every convolution and what it saves."""
+    check_none_ignored(context)
+    limits = read_budget(budget)
     network = load_model(model) if keep is None and not budget else trained(model, pretrained, weights)
     inputs = calibration_images(calibration, images, seed)
-    limits = read_budget(budget)
     made = plan(
         network,
         example_inputs=inputs[:1] if inputs is not None else example_for(network, model, input_shape),
@@ -117,6 +120,7 @@ def plan_command(
     epilog="Example: ghostify convert torchvision:mobilenet_v2 --weights mobilenet_v2.pth --plan plan.json --out small",
 )
 def convert_command(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the converted model, or a file .onnx")],
     plan_file: Annotated[Path | None, typer.Option("--plan", help="a stored plan; else one is made")] = None,
@@ -141,6 +145,7 @@ def convert_command(
     as_json: Json = False,
 ) -> None:
     """Replace convolutions by Ghost units that start from the old weights, and store the result, or export it."""
+    check_none_ignored(context)
     network = trained(model, pretrained, weights)
     inputs = calibration_images(calibration, images, seed)
     example = inputs[:1] if inputs is not None else example_for(network, model, input_shape)

@@ -70,6 +70,35 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="of ever
 Json = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on standard output")]
 
 
+# Options beside which others would be ignored.
+_CHIEFS: dict[str, tuple[str, ...]] = {
+    "plan_file": (
+        "ratio", "dw_size", "fusion", "placement", "skip", "override", "keep", "budget", "backend", "threads",
+        "sensitivity",
+    ),
+    "keep": ("ratio",),
+    "budget": ("ratio",),
+    "calibration": ("input_shape",),
+}  # fmt: skip
+
+
+def check_none_ignored(context: typer.Context) -> None:
+    """Raise OptionError if an option is given that another one leaves nothing to decide.
+
+    Args:
+        context: Of a command that has some of these options.
+    """
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    given = {name for name in names if getattr(context.get_parameter_source(name or ""), "name", "") == "COMMANDLINE"}
+    for chief, others in _CHIEFS.items():
+        ignored = [f"{names[other]} {context.params[other]}" for other in others if other in given]
+        if chief in given and ignored:
+            raise OptionError(
+                f"{', '.join(ignored)} would be ignored: {names[chief]} {context.params[chief]} decides that. Leave "
+                "out one or the other."
+            )
+
+
 def read_overrides(texts: list[str] | None) -> dict[str, Override]:
     """Read ``PATTERN=RATIO`` and ``PATTERN=keep``."""
     read: dict[str, Override] = {}
@@ -89,6 +118,8 @@ def read_budget(texts: list[str] | None) -> Budget | None:
     read: dict[str, float] = {}
     for text in texts or []:
         key, _, value = text.partition("=")
+        if key in read:
+            raise OptionError(f"budget={text!r} and {key}={read[key]:g} are both given. Pass one limit of each kind.")
         try:
             read[key] = float(value)
         except ValueError as error:

@@ -98,6 +98,15 @@ def test_plan_as_json(tmp_path):
         (["plan", RESNET, "--input-shape", "3x"], "input-shape='3x'"),
         (["plan", "ghostify.nn.cifar:resnet200"], "resnet20"),
         (["export", RESNET, "nowhere", "--out", "x.onnx"], "nowhere"),
+        (["plan", RESNET, "--ratio", "2", "--keep", "0.9", "--calibration", "digits"], "--ratio 2.0 would be ignored"),
+        (["plan", RESNET, "-s", "3", "--budget", "macs=0.5"], "--budget ['macs=0.5'] decides that"),
+        (["plan", RESNET, "--budget", "macs=0.5", "--budget", "macs=0.6"], "budget='macs=0.6' and macs=0.5"),
+        (["plan", RESNET, "--calibration", "digits", "--input-shape", "3,8,8"], "--input-shape 3,8,8 would be ignored"),
+        (["convert", RESNET, "--plan", "p.json", "--keep", "0.9", "--out", "s"], "--plan p.json decides that"),
+        (
+            ["convert", RESNET, "--plan", "p.json", "--budget", "macs=0.5", "--skip", "a", "--out", "s"],
+            "--skip ['a'], ",
+        ),
     ],
 )
 def test_errors_are_one_line_and_status_1(called, arguments, told, tmp_path):

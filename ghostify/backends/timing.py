@@ -39,24 +39,27 @@ class Effort:
     precision: float = 0.0
 
 
-def interleaved(runs: Sequence[Run], effort: Effort, device: torch.device) -> Times:
+def interleaved(runs: Sequence[Run], effort: Effort, device: torch.device, *, threads: int) -> Times:
     """Time everything in turn, forwards and backwards: A B C, C B A, and so on.
 
     Args:
         runs: Calls without arguments.
         effort: How long.
         device: Where they run: a GPU is waited for.
+        threads: On how many threads. What one processor thread does is timed by that thread's own clock, which
+            stands still while another program has the processor; everything else by the clock on the wall.
 
     Returns:
         Milliseconds, ``(rounds, runs)``.
     """
+    now = time.thread_time if threads == 1 and device.type == "cpu" else time.perf_counter
 
     def timed(run: Run) -> float:
         _synchronise(device)
-        start = time.perf_counter()
+        start = now()
         run()
         _synchronise(device)
-        return (time.perf_counter() - start) * 1e3
+        return (now() - start) * 1e3
 
     start = time.perf_counter()
     for done in range(effort.warmup):

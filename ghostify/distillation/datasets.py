@@ -64,7 +64,7 @@ def read_parquet(folder: str | Path, split: str) -> tuple[Tensor, Tensor]:
         Images ``(n, c, h, w)`` uint8, all in the colour mode of the first (grey or RGB), and class ids ``(n,)``.
 
     Raises:
-        InputsError: No such file, no such column, or images of different sizes.
+        InputsError: No such file, no such column, no class ids, or images of different sizes or that cannot be read.
         MissingExtraError: pyarrow or Pillow is not installed.
     """
     parquet, images = require("pyarrow.parquet", extra="data"), require("PIL.Image", extra="data")
@@ -85,16 +85,34 @@ def read_parquet(folder: str | Path, split: str) -> tuple[Tensor, Tensor]:
         table = parquet.read_table(file, columns=[column, "label"])
         stored += table[column].to_pylist()
         labels += table["label"].to_pylist()
-    mode = "L" if images.open(io.BytesIO(stored[0]["bytes"])).mode in ("L", "1") else "RGB"
+    if not stored:
+        raise InputsError(f"folder={str(folder)!r}: {split} is empty. Check the files.")
+    foreign = next((row for row, label in enumerate(labels) if not isinstance(label, int)), None)
+    if foreign is not None:
+        raise InputsError(
+            f"folder={str(folder)!r}: label={labels[foreign]!r} in row {foreign} of {split} is no class id. Number the "
+            "classes from 0."
+        )
 
-    def decoded(entry: dict[str, Any]) -> Tensor:
-        with images.open(io.BytesIO(entry["bytes"])) as opened:
-            picture = opened.convert(mode)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(picture.height, picture.width, -1).permute(2, 0, 1)
+    def picture(row: int, mode: str | None = None) -> Any:
+        try:
+            with images.open(io.BytesIO(stored[row]["bytes"])) as opened:
+                return opened.convert(mode)
+        except Exception as error:  # Pillow's decoders raise what they like
+            raise InputsError(
+                f"folder={str(folder)!r}: {column} in row {row} of {split} cannot be decoded: {error}. Store images as "
+                "{'bytes': …}, as the datasets library does, or take the row out."
+            ) from error
+
+    mode = "L" if picture(0).mode in ("L", "1") else "RGB"
+
+    def decoded(row: int) -> Tensor:
+        image = picture(row, mode)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.view(image.height, image.width, -1).permute(2, 0, 1)
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        pixels = list(pool.map(decoded, stored))
+        pixels = list(pool.map(decoded, range(len(stored))))
     sizes = {tuple(image.shape) for image in pixels}
     if len(sizes) > 1:
         raise InputsError(

@@ -144,10 +144,11 @@ class FeatureTaps:
 
     def __enter__(self) -> FeatureTaps:
         for model, forget in ((self._student, self._forget_given), (self._teacher, self._forget_wanted)):
-            self._hooks.callback(model.register_forward_pre_hook(forget).remove)
+            # A plain function: a copy of the model would copy a method with all that it belongs to, the teacher too.
+            self._hooks.callback(model.register_forward_pre_hook(lambda *_, forget=forget: forget()).remove)
         for tap in self._taps:
-            self._hooks.callback(tap.student.register_forward_hook(_keeper(tap.given)).remove)
-            self._hooks.callback(tap.teacher.register_forward_hook(_keeper(tap.wanted)).remove)
+            self._hooks.callback(tap.student.register_forward_hook(_keeper(tap.student, tap.given)).remove)
+            self._hooks.callback(tap.teacher.register_forward_hook(_keeper(tap.teacher, tap.wanted)).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -245,12 +246,13 @@ def _tap(name: str, student: nn.Module, teacher: nn.Module) -> _Tap:
     return _Tap(name, layer, twin)
 
 
-def _keeper(outputs: list[Any]) -> Callable[..., None]:
-    """A hook that remembers what a layer gives."""
+def _keeper(layer: nn.Module, outputs: list[Any]) -> Callable[..., None]:
+    """A hook that remembers what a layer gives; not what its twin in a copy of the model, an average, gives."""
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        # A copy: what follows may change the map in place, as ReLU(inplace=True) does.
-        outputs.append(output.clone() if isinstance(output, Tensor) else output)
+        if module is layer:
+            # A copy: what follows may change the map in place, as ReLU(inplace=True) does.
+            outputs.append(output.clone() if isinstance(output, Tensor) else output)
 
     return keep
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.distillation.batches import Batch, Reader, check_labels
+from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.history import Scores
 from ghostify.errors import InputsError, OptionError, TrainingError
 from ghostify.tracing.example import evaluating, require_module
@@ -103,6 +104,23 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
             "Pass hard_weight=0, or batches (input, class ids)."
         )
     return scores.shape[1]
+
+
+def check_classes(classes: int, config: DistillConfig) -> None:
+    """See that there is something to learn from the class scores.
+
+    Args:
+        classes: How many the models tell apart.
+        config: Its ``loss`` counts.
+
+    Raises:
+        OptionError: The loss compares probabilities, and that of the only class is 1 whatever the models say.
+    """
+    if classes == 1 and config.loss in ("kd", "dist"):
+        raise OptionError(
+            f"loss={config.loss!r} compares how probable classes are, and these models give one score, (n, 1, ...): "
+            "it would be 0 from the first step, and nothing learned. Pass loss='mse'."
+        )
 
 
 def check_teacher(start: Scores | None, classes: int) -> None:

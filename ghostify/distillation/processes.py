@@ -65,6 +65,30 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def check_position(self, epoch: int, step: int, device: torch.device) -> None:
+        """See that all processes go on at the same place.
+
+        Args:
+            epoch: Where this one does.
+            step: Steps of it that are done.
+            device: Where the models are.
+
+        Raises:
+            TrainingError: They do not: some found another state, or none.
+        """
+        if self.count == 1:
+            return
+        own = torch.tensor([epoch, step], device=device)
+        places = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(places, own)
+        for rank, place in enumerate(places):
+            if place.tolist() != places[0].tolist():
+                raise TrainingError(
+                    f"process {rank} goes on at epoch={place[0]}, step={place[1]}, and process 0 at "
+                    f"epoch={places[0][0]}, step={places[0][1]}. Give all of them the same folder as out, on a disk "
+                    "that all machines share."
+                )
+
     def rows(self, size: int) -> slice:
         """Which of the rows of a batch are this process's: parts of equal size, give or take one.
 
@@ -143,7 +167,9 @@ def read_epoch(
         set_epoch(epoch - 1)
     begun = 0
     if first and callable(starting_at := getattr(data, "starting_at", None)):
-        data, begun = starting_at(first), first
+        # At the last batch at least: a process without rows of the batch to go on with needs another in its place.
+        begun = min(first, len(data) - 1) if is_part else first  # type: ignore[arg-type]
+        data = starting_at(begun)
     batches, step, value = iter(data), begun, None
     while True:
         reseed(seed, epoch, step + 1, device)

@@ -86,7 +86,8 @@ def write_state(folder: Path, progress: Progress, tensors: dict[str, Tensor], ma
     content = safetensors.torch.save(packed, {"state": header, "sha256": _digest(header, packed)})
     with atomic_file(folder / f"{progress.epoch:06d}-{progress.step:09d}.safetensors") as temporary:
         temporary.write_bytes(content)
-    for old in _states(folder)[_KEPT:]:
+    # Those of a process that was killed while it wrote are as large as a state.
+    for old in (*_states(folder)[_KEPT:], *folder.glob(".[0-9]*-[0-9]*.safetensors")):
         old.unlink(missing_ok=True)
 
 
@@ -110,11 +111,10 @@ def read_state(folder: Path, made_by: dict[str, Any]) -> tuple[Progress, dict[st
         except Exception as error:  # whatever damage makes of a file
             log.warning("%s is damaged (%s): going back to the one before", path, str(error).splitlines()[0])
             continue
-        then = header["made_by"]
-        now = json.loads(json.dumps(made_by))
-        for name in [name for name in now if now[name] != then.get(name)]:
+        then, now = _flat(header["made_by"]), _flat(json.loads(json.dumps(made_by)))
+        for name in [name for name in {**now, **then} if now.get(name) != then.get(name)]:
             raise OptionError(
-                f"resume=True: {name}={now[name]!r}, and the run in {str(folder.parent)!r} was begun with "
+                f"resume=True: {name}={now.get(name)!r}, and the run in {str(folder.parent)!r} was begun with "
                 f"{then.get(name)!r}. Pass what it was begun with, or another folder as out."
             )
         return progress, tensors
@@ -167,6 +167,13 @@ def weights_digest(model: nn.Module) -> str:
     """A short name for a model's weights: the same weights have the same."""
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     return _digest("", {name: value.detach().cpu().contiguous() for name, value in tensors.items()})[:16]
+
+
+def _flat(made_by: dict[str, Any]) -> dict[str, Any]:
+    """The same without dictionaries inside, so that what differs can be named."""
+    inside = {name: value for name, value in made_by.items() if isinstance(value, dict)}
+    named = {f"{name}: {key}": value for name, values in inside.items() for key, value in values.items()}
+    return {name: value for name, value in made_by.items() if name not in inside} | named
 
 
 def _states(folder: Path) -> list[Path]:

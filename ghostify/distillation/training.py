@@ -23,7 +23,7 @@ from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
 from ghostify.distillation.optimisation import learning_rate, uses_bf16
-from ghostify.distillation.preflight import check_batch, check_models, check_teacher, first_batch
+from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
 from ghostify.distillation.processes import launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state, reseed
@@ -106,19 +106,21 @@ def distill(
 
     # What can be known beforehand is checked beforehand.
     check_models(student, teacher, epochs)
-    steps_per_epoch = count_batches(data, "data")
-    if val is not None:
-        count_batches(val, "val")
-    elif config.patience is not None:
-        raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
-    steps = epochs * steps_per_epoch
     parameter = next(parameter for parameter in student.parameters() if parameter.requires_grad)
     device = parameter.device
+    with preserved_random_state(device):  # what has no length is gone through, and may draw
+        steps_per_epoch = count_batches(data, "data")
+        if val is not None:
+            count_batches(val, "val")
+        elif config.patience is not None:
+            raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
+    steps = epochs * steps_per_epoch
     processes = launched(device)
     reader = Reader(device, parameter.dtype, config.channels_last, uses_bf16(config.precision, device))
     steps_per_look = _steps_per_look(device)
     states = None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, config)
     found = find_state(states, resume=resume)
+    processes.check_position(*((found[0].epoch, found[0].step) if found else (1, 0)), device)
 
     def soft_loss(scores: Tensor, wanted: Tensor) -> Tensor:
         return config.loss_function(scores, wanted, config.temperature)
@@ -155,6 +157,7 @@ def distill(
                 if batches is not None:
                     batch = first_batch(batches, reader, name)
                     classes = check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
+                    check_classes(classes, config)
                     if taps is not None:
                         with torch.no_grad():
                             taps.loss(config.feature_loss)

@@ -143,7 +143,7 @@ def folded(unit: GhostConv, norm: nn.Module | None = None, after: nn.Module | No
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """What a batch norm does in evaluation mode: factor and constant of every channel, ``(n,)``, in float64 on the CPU."""
+    """What a batch norm does in evaluation mode: factor and constant of a channel, ``(n,)``, float64 on the CPU."""
     mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)  # a batch norm's
     assert isinstance(variance, Tensor)

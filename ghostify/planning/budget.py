@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -165,13 +168,14 @@ def least_damage(
         LinearConstraint((cost / scale).astype(float).T, -np.inf, np.array(limits, dtype=float) / scale),
     ]
     while True:
-        found = milp(
-            np.concatenate([np.asarray(some, dtype=float) for some in damages]),
-            integrality=np.ones(starts[-1]),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0, "node_limit": _NODES},
-        )
+        with _nothing_on_stdout():
+            found = milp(
+                np.concatenate([np.asarray(some, dtype=float) for some in damages]),
+                integrality=np.ones(starts[-1]),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0, "node_limit": _NODES},
+            )
         if found.status == _INFEASIBLE:
             return None
         if found.x is None:
@@ -181,6 +185,25 @@ def least_damage(
         if all(sum(cost[columns, k]) <= limit for k, limit in enumerate(limits)):
             return chosen, max(0.0, float(found.fun - found.mip_dual_bound))
         constraints.append(LinearConstraint(np.isin(np.arange(starts[-1]), columns)[None], 0, len(sizes) - 1))
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Lead standard output to the error stream: HiGHS prints lines of its own there, past Python and its options."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        before = os.dup(1)
+    except (OSError, ValueError):  # closed: nothing can come out
+        yield
+        return
+    try:
+        with suppress(OSError):  # there may be no error stream
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 def _menu(options: Sequence[Sequence[Decision]], facts: Trace, table: LatencyTable | None) -> list[list[Decision]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +28,8 @@ from ghostify.planning.planner import (  # fmt: skip
     skip_patterns,
     timed_options,
 )
-from ghostify.spec import GhostSpec, Plan
-from ghostify.tracing import ExampleInputs, trace
+from ghostify.spec import Decision, GhostSpec, Plan
+from ghostify.tracing import ExampleInputs, Trace, trace
 from ghostify.tracing.calibration import Calibration, calibration_chunks
 
 
@@ -170,9 +170,18 @@ def frontier(
     found: dict[tuple[object, ...], FrontierPoint] = {}
     for budget in budgets:
         met = within_budget(options, {key: budget}, facts, table)
-        made = made_plan(facts, met.decisions, share=table is not None, budget=met.notes, table=table)
+        known, decisions = _of_own_class(facts, met.decisions)
+        made = made_plan(known, decisions, share=table is not None, budget=met.notes, table=table)
         found.setdefault(made.decisions, FrontierPoint(met.left[key], met.damage, made))
     return Frontier(key, tuple(found.values()))
+
+
+def _of_own_class(facts: Trace, decisions: list[Decision]) -> tuple[Trace, list[Decision]]:
+    """The same about the model as it is, if no convolution is replaced that only its graph has as a module."""
+    if facts.unlifted is None or any(made.replaced and made.site.name in facts.lifted for made in decisions):
+        return facts, decisions
+    sites = {site.name: site for site in facts.unlifted.sites}
+    return facts.unlifted, [replace(made, site=sites[made.site.name]) for made in decisions if made.site.name in sites]
 
 
 def _check_points(points: int | Sequence[float]) -> None:

@@ -34,7 +34,7 @@ from ghostify.tracing import Trace, evaluating
 _LAYER = Effort(repeats=400, fewest=15, warmup=3, seconds=2.0, precision=0.01)
 _NETWORK = Effort(repeats=40, fewest=9, warmup=3, seconds=10.0)
 # Part of every key: what was measured in another way is not read.
-_METHOD = 2
+_METHOD = 3
 # Standard errors by which a choice must be faster to be on offer.
 _SURE = 3
 # Side of the matrices whose product is the reference.
@@ -181,7 +181,7 @@ def _whole(facts: Trace, backend: Backend, device: torch.device) -> tuple[float,
     """The median time of the original in milliseconds, its standard error, and the reference's time."""
     with evaluating(facts.model), running(backend):
         runs = [*runs_of(backend, [facts.model], facts.example), _reference(device)]
-        times = interleaved(runs, _NETWORK, device)
+        times = interleaved(runs, _NETWORK, device, threads=backend.threads)
     return *median_and_error(times[:, 0]), float(np.median(times[:, 1]))
 
 
@@ -194,7 +194,7 @@ def _measured(
     networks.append(layer.network(specs[0], ordered=True, fold=backend.folds))
     with running(backend):
         runs = [*runs_of(backend, networks, layer.example(batch)), _reference(device)]
-        times = interleaved(runs, _LAYER, device)
+        times = interleaved(runs, _LAYER, device, threads=backend.threads)
     times, reference = times[:, :-1] * len(layer.site.calls), float(np.median(times[:, -1]))
     original, *choices, indexed = times.T
     return LayerTimes(

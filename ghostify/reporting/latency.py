@@ -93,7 +93,7 @@ def measure_latency(
             runs = [_channels_last_run(model, example) for model in models]
         else:
             runs = [runs_of(backend, [model], example)[0] for model in models]
-        times = interleaved(runs, effort, device)
+        times = interleaved(runs, effort, device, threads=backend.threads)
     ratio = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
     return Latency(
         original=_timing(times[:, 0]),

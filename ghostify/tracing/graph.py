@@ -54,13 +54,14 @@ class _Tracer(fx.Tracer):
         return alone or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace_graph(model: nn.Module, arguments: Collection[str]) -> fx.Graph:
-    """Trace a model symbolically, in evaluation mode; it is left as it was.
+def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool = False) -> fx.Graph:
+    """Trace a model symbolically; it is left as it was.
 
     Args:
         model: The model.
         arguments: Names of the arguments that the example gives. Others keep their defaults, so
             ``if mask is not None`` takes the branch that it takes in the example.
+        training: Whether all modules are in training mode, or in evaluation mode.
 
     Raises:
         Exception: Whatever FX raises where it cannot trace (control flow on data, say).
@@ -71,6 +72,8 @@ def trace_graph(model: nn.Module, arguments: Collection[str]) -> fx.Graph:
         if name not in arguments and parameter.default is not inspect.Parameter.empty
     }
     with unmarked(model), torch.random.fork_rng(devices=[]):
+        for module in model.modules():
+            module.training = training
         return _Tracer().trace(model, concrete_args=defaults or None)
 
 

@@ -24,6 +24,7 @@ from ghostify.tracing.example import Example, ExampleInputs, difference, unwrapp
 from ghostify.tracing.execution import run_graph
 from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
 from ghostify.tracing.lifting import lift_functions
+from ghostify.tracing.modes import in_both_modes
 from ghostify.tracing.sites import is_separable, obstacle_to_replacing, own_facts, parameter_owners
 from ghostify.tracing.streams import Streams, find_streams
 
@@ -123,7 +124,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
         for name, module in convolutions.items()
     ]
     sites.sort(key=lambda site: (site.order < 0, site.order))
-    streams = Streams() if graph is None else find_streams(graph, model)
+    streams = Streams() if graph is None else in_both_modes(find_streams(graph, model), model, arguments)
     return Trace(model, example, outputs, tuple(sites), graph, note, count, arguments=arguments, streams=streams)
 
 

@@ -220,6 +220,28 @@ def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
         load_data(f"parquet:{tmp_path}")
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"label": ["0", "one", "2"]}, "label='0' in row 0 of train is no class id"),
+        ({"label": [0, None, 2]}, "label=None in row 1 of train is no class id"),
+        ({"label": [0.0, 0.5, 2.0]}, "label=0.0 in row 0 of train is no class id"),
+        ({"img": [b"1", b"2", b"3"]}, "img in row 0 of train cannot be decoded"),
+        ({"img": [{"bytes": None, "path": "1.png"}] * 3}, "img in row 0 of train cannot be decoded"),
+        ({"img": []}, "train is empty"),
+    ],
+)
+def test_parquet_that_is_not_of_class_ids_and_images(tmp_path: Path, changed: dict, told: str) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    stored(tmp_path, "train", pictures(3))
+    file = next(tmp_path.iterdir())
+    columns = parquet.read_table(file).to_pydict() | changed
+    count = min(map(len, columns.values()))
+    parquet.write_table(arrow.table({name: values[:count] for name, values in columns.items()}), file)
+    with pytest.raises(InputsError, match=told):
+        load_data(f"parquet:{tmp_path}", DataOptions(val_size=1))
+
+
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)

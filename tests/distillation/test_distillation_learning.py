@@ -1,5 +1,6 @@
 """How a student learns: in parts, in several processes, with averages, and when it stops."""
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ghostify.distillation import DistillConfig, ImageBatches, distill
+from ghostify.distillation import DistillConfig, FeatureTaps, ImageBatches, distill
+from ghostify.distillation import processes as processes_module
 from ghostify.distillation import training as training_module
 from ghostify.distillation.learning import swapped_norms
-from ghostify.distillation.processes import Processes
+from ghostify.distillation.processes import Processes, read_epoch
 from ghostify.errors import OptionError, TrainingError
 
 
@@ -98,6 +100,16 @@ def test_features_teach_where_scores_say_nothing() -> None:
     assert error(student) < 0.2 * before
 
 
+def test_maps_of_an_average_are_not_held_and_no_teacher_is_copied_with_it() -> None:
+    student, teacher = network(2), network(1)
+    with FeatureTaps(student, teacher, ("0",)) as taps:
+        average = copy.deepcopy(student)
+        for x, _ in batches():  # as in a validation
+            average(x)
+        assert taps._taps[0].given == []
+        assert not any(hasattr(hook, "__self__") for hook in average._forward_pre_hooks.values())
+
+
 def test_a_teacher_that_guesses_is_found_before_the_first_step() -> None:
     class Untouched(nn.Linear):
         def train(self, mode: bool = True) -> "Untouched":
@@ -109,6 +121,16 @@ def test_a_teacher_that_guesses_is_found_before_the_first_step() -> None:
         TrainingError, match=r"teacher is right on .* % of 400 answers of val, and guessing is on 25.0 %"
     ):
         distill(student, teacher=network(1), data=batches(), val=batches(400))
+
+
+@pytest.mark.parametrize("loss", ["kd", "dist"])
+def test_one_score_has_no_probability_to_learn(loss: str) -> None:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    student, teacher = nn.Linear(4, 1), nn.Linear(4, 1)
+    with pytest.raises(OptionError, match=rf"loss='{loss}' compares .* one score, .* Pass loss='mse'"):
+        distill(student, teacher=teacher, data=[x], config=DistillConfig(loss=loss))
+    run = distill(student, teacher=teacher, data=[x], val=[x], epochs=9, config=DistillConfig(loss="mse"))
+    assert run.history[-1].val_loss < 0.5 * run.start.loss
 
 
 def test_synchronised_norms_share_everything_and_are_gone_afterwards() -> None:
@@ -127,6 +149,28 @@ def test_rows_of_all_processes_are_the_batch() -> None:
     for size in range(9):
         rows = [list(range(size))[Processes(rank, 4).rows(size)] for rank in range(4)]
         assert [row for part in rows for row in part] == list(range(size))
+
+
+def test_processes_that_found_different_states_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(places: list[torch.Tensor], own: torch.Tensor) -> None:
+        for place, value in zip(places, [[5, 2], [5, 2], found], strict=True):
+            place.copy_(torch.tensor(value))
+
+    monkeypatch.setattr(processes_module.dist, "all_gather", gather)
+    found = [5, 2]
+    Processes(1, 3).check_position(5, 2, torch.device("cpu"))
+    found = [1, 0]  # on a machine that does not see the folder
+    with pytest.raises(TrainingError, match=r"process 2 goes on at epoch=1, step=0, and process 0 at epoch=5, step=2"):
+        Processes(1, 3).check_position(5, 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_all_processes_take_part_in_every_step_wherever_they_go_on(first: int) -> None:
+    data = batches(49)  # the last batch has one image, for two processes
+    for rank in range(2):
+        items = list(read_epoch(data, 1, first, processes=Processes(rank, 2), seed=0, device=torch.device("cpu")))
+        assert [item.step for item in items] == list(range(first, 4))
+        assert [item.counts for item in items] == [rank == 0 or step < 3 for step in range(first, 4)]
 
 
 class FrozenNorm(nn.BatchNorm2d):

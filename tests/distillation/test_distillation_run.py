@@ -142,6 +142,19 @@ def test_validation_does_not_change_the_training() -> None:
     assert [record.loss for record in runs[0].history] == [record.loss for record in runs[1].history]
 
 
+class Drawn:
+    """Batches without a length, drawn from the global random numbers."""
+
+    def __iter__(self):
+        return iter([torch.randn(8, *next(iter(images()))[0].shape[1:]) for _ in range(2)])
+
+
+def test_batches_that_are_counted_draw_nothing_of_the_callers_random_numbers() -> None:
+    rng = torch.get_rng_state()
+    distill(network(2), teacher=network(1), data=Drawn(), val=Drawn(), epochs=1, config=FAST)
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
 def test_everything_else_is_left_as_found() -> None:
     teacher, student = network(1), network(2)
     teacher.train()

@@ -1,12 +1,15 @@
 """Ratios by a budget: exact, met from below, and told what can be reached."""
 
+import dataclasses
 import itertools
 import json
+import os
 import re
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,6 +22,7 @@ from ghostify.nn.cifar import CifarResNet
 from ghostify.planning import budget, frontier, planner
 from ghostify.planning.budget import least_damage
 from ghostify.planning.keeping import RATIOS
+from ghostify.tracing import trace
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -73,6 +77,22 @@ def test_a_limit_holds_to_the_last_unit():
     assert least_damage([[0.0, 1.0]], [[[0], [-huge]]], [-huge - 1]) is None
 
 
+def test_lines_of_the_solver_do_not_get_between_json(monkeypatch, capfd):
+    solve = budget.milp
+
+    def telling(*arguments, **options):
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(budget, "milp", telling)
+    print("before")
+    assert least_damage([[0.0, 1.0]], [[[0], [-2]]], [-1]) == ([1], 0.0)
+    os.write(1, b"after\n")
+    shown = capfd.readouterr()
+    assert shown.out == "before\nafter\n"
+    assert shown.err.startswith("HighsMip")
+
+
 @pytest.mark.parametrize("limits", [{"macs": 0.7}, {"params": 0.5}, {"macs": 0.8, "params": 0.6, "size_bytes": 0.9}])
 def test_every_limit_is_met_from_below_and_told(limits):
     plan = planned(limits)
@@ -115,6 +135,20 @@ def test_a_limit_out_of_reach_tells_the_smallest_that_is_not():
         planned({"macs": least - 1})
     with pytest.raises(BudgetError, match=r"\(each alone\) is macs=[\d.]+ .*params=[\d.]+ "):
         planned({"macs": 0.9, "params": 10})
+
+
+def test_limits_that_can_be_met_but_not_together_are_told_so():
+    facts, made = trace(net(), IMAGES[:1]), planned({"macs": 0.9}).replaced[0]
+    saved = [(9_000, 1), (1_000, 9)]  # what saves most of the one saves least of the other
+    options = [
+        dataclasses.replace(made, macs_after=made.macs_before - macs, params_after=made.params_before - params)
+        for macs, params in saved
+    ]
+    limits = {"macs": facts.count.macs - 8_000, "params": facts.params - 8}
+    with pytest.raises(BudgetError, match=r"each of them can be met, but not together; the smallest .*\(each alone\)"):
+        budget.within_budget([options], limits, facts)
+    met = budget.within_budget([options], {"macs": limits["macs"]}, facts)
+    assert (met.left["macs"] * facts.count.macs, met.decisions) == (facts.count.macs - 9_000, [options[0]])
 
 
 def test_the_same_plan_every_time_and_through_json():
@@ -200,6 +234,30 @@ def test_frontiers_that_cannot_be(options, told):
         frontier(net(), calibration=IMAGES, **options)
     with pytest.raises(NothingToConvertError):
         frontier(net(), calibration=IMAGES, skip="*")
+
+
+class Functional(nn.Module):
+    """Two convolutions that are modules, and one that is a function."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.one = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(F.conv2d(self.one(self.stem(x)), self.weight).mean((2, 3)))
+
+
+def test_a_point_of_the_frontier_that_leaves_functions_alone_leaves_the_class():
+    model = Functional().eval()
+    curve = frontier(model, points=[0.7, 0.9], calibration=IMAGES, skip="weight*")
+    for point, limit in zip(curve, (0.7, 0.9)):
+        assert point.plan == ghostify.plan(model, budget={"macs": limit}, calibration=IMAGES, skip="weight*")
+        assert type(ghostify.apply(point.plan, model)) is Functional
+    (graph,) = frontier(model, points=[0.5], calibration=IMAGES)
+    assert graph.plan.lifted
 
 
 class Flat(nn.Module):

@@ -6,6 +6,7 @@ Times are made up where a rule is tested: a runner that takes as long as a table
 import json
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 import ghostify
 from ghostify.backends import runners
 from ghostify.backends.runners import Backend
-from ghostify.backends.timing import interleaved
+from ghostify.backends.timing import Effort, interleaved
 from ghostify.cli import main
 from ghostify.errors import BudgetError, NothingToConvertError, OptionError
 from ghostify.nn.cifar import CifarResNet
@@ -53,7 +54,7 @@ class Clock:
         self.modules += modules
         return list(modules)
 
-    def times(self, runs, effort, device):
+    def times(self, runs, effort, device, threads):
         generator = np.random.default_rng(0)
         own = np.array([self.of(run) for run in runs])
         return self.pace * (own + self.noise * generator.standard_normal((25, len(runs))))
@@ -148,7 +149,9 @@ def test_layers_that_were_measured_on_a_slow_machine_are_scaled(monkeypatch):
     clock = Clock(monkeypatch, by_share)
     calm = planned(0.85)
     times = clock.times
-    monkeypatch.setattr(latency, "interleaved", lambda runs, *rest: times(runs, *rest) * (3 if len(runs) > 2 else 1))
+    monkeypatch.setattr(
+        latency, "interleaved", lambda runs, *rest, **more: times(runs, *rest, **more) * (3 if len(runs) > 2 else 1)
+    )
     monkeypatch.setenv("GHOSTIFY_CACHE", "elsewhere")
     assert planned(0.85).latency == calm.latency
 
@@ -293,5 +296,14 @@ def test_rounds_stop_when_differences_are_known(monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr("ghostify.backends.timing.time.perf_counter", lambda: next(ticks) * 1e-3)
     effort = latency._LAYER
-    assert len(interleaved([int, int, int], effort, torch.device("cpu"))) == effort.fewest
-    assert math.isclose(interleaved([int], effort, torch.device("cpu"))[0, 0], 1.0)
+    assert len(interleaved([int, int, int], effort, torch.device("cpu"), threads=2)) == effort.fewest
+    assert math.isclose(interleaved([int], effort, torch.device("cpu"), threads=2)[0, 0], 1.0)
+
+
+def test_one_thread_has_a_clock_of_its_own():
+    """Which stands still while it waits."""
+    effort = Effort(repeats=3, fewest=3, warmup=0)
+    times = [
+        interleaved([lambda: time.sleep(0.02)], effort, torch.device("cpu"), threads=threads) for threads in (1, 2)
+    ]
+    assert np.median(times[0]) < 10 < np.median(times[1])

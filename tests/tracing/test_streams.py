@@ -212,3 +212,28 @@ def test_a_model_that_cannot_be_traced_has_no_streams():
             return self.c(self.a(x) if x.sum() > 0 else self.b(x))
 
     assert streams(Branching(None)).made_by == {}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        lambda net, a, b: net.aux(F.relu(a)),  # a head for the loss
+        lambda net, a, b: a,  # an output for another loss
+        lambda net, a, b: a * net.scale.weight.view(1, 4, 1, 1),
+        lambda net, a, b: a if a.sum() > 0 else b,  # nothing is known of it
+    ],
+)
+def test_what_is_read_in_training_alone_fixes_the_order(training):
+    class Modal(Net):
+        def forward(self, x):
+            a, b = self.a(x), self.b(x)
+            return (self.head(b), self.c(a), training(self, a, b)) if self.training else (self.head(b), self.c(a))
+
+    modules = {"head": nn.Conv2d(4, 2, 1), "aux": nn.Conv2d(4, 2, 1), "scale": nn.GroupNorm(1, 4)}
+    model = Modal(None, **modules).eval()
+    model.head.train()
+    modes = [module.training for module in model.modules()]
+    found = streams(model)
+    assert not free(found, "a")
+    assert free(found, "b") == ("sum" not in training.__code__.co_names)
+    assert [module.training for module in model.modules()] == modes
