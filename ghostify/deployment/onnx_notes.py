@@ -156,9 +156,22 @@ def read_onnx(path: str | os.PathLike[str], *, external_data: bool = False) -> A
         raise ArtefactError(f"path={str(file)!r} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # the parser's errors have no common class that is public
         raise ArtefactError(f"path={str(file)!r} is damaged, or no ONNX file: {error}. Export it again.") from error
-    if not proto.graph.node or not proto.opset_import:
-        raise ArtefactError(f"path={str(file)!r} is damaged, or no ONNX file: it holds no graph. Export it again.")
+    if not proto.graph.node or not proto.opset_import or not _is_text(proto):
+        raise ArtefactError(
+            f"path={str(file)!r} is damaged, or no ONNX file: it holds no graph that can be read. Export it again."
+        )
     return proto
+
+
+def _is_text(message: Any) -> bool:
+    """Whether all text in a message is text: the parser hands out bytes for what is no UTF-8."""
+    for kind, value in message.ListFields():
+        parts = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        if kind.type == kind.TYPE_STRING and not all(isinstance(part, str) for part in parts):
+            return False
+        if kind.type == kind.TYPE_MESSAGE and not all(_is_text(part) for part in parts):
+            return False
+    return True
 
 
 def opset_of(proto: Any) -> int:

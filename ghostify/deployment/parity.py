@@ -110,7 +110,7 @@ def open_session(runtime: Any, file: Path) -> Any:
         ExportError: It does not load.
     """
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors come as exceptions, too
     try:
         return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class that is public

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import onnx
 import pytest
 import torch
 from deployment_nets import make_net
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from torch import Tensor, fx, nn
 
 import ghostify
-from ghostify.deployment import ExportConfig, export_onnx, load, save
+from ghostify.deployment import ExportConfig, export_onnx, load, read_notes, save
 from ghostify.deployment.onnx_in import read_model, reader
 from ghostify.errors import ArtefactError, OptionError
 from ghostify.zoo import input_shape, load_model
@@ -295,6 +298,41 @@ def test_options_of_a_factory_do_not_go_with_a_file(file: Path) -> None:
     file.write_bytes(b"text")
     with pytest.raises(ArtefactError, match="no ONNX file"):
         load_model(str(file))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    small = ghostify.convert(make_net(), ratio=2, example_inputs=torch.zeros(1, 3, 12, 12), initialiser="first")
+    file = tmp_path_factory.mktemp("exported") / "small.onnx"
+    return export_onnx(small, file, example_inputs=torch.zeros(1, 3, 12, 12), config=ONE).path
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3),
+    kept=st.floats(0.5, 2),
+)
+@example(changes=[(0.0, 8)], kept=0.9)
+def test_whatever_happens_to_a_file_it_is_an_artefact_error_or_a_model(
+    exported: Path, changes: list[tuple[float, int]], kept: float
+) -> None:
+    data = bytearray(exported.read_bytes())
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    file = exported.with_name("damaged.onnx")
+    file.write_bytes(data[: int(kept * len(data))])
+    for read in (read_model, read_notes):
+        with contextlib.suppress(ArtefactError):
+            read(file)
+
+
+def test_text_that_is_no_text_is_refused(file: Path) -> None:
+    """The parser hands out bytes where a file's text is no UTF-8."""
+    data = file.read_bytes()
+    assert data.count(b"SmallNet") == 1
+    file.write_bytes(data.replace(b"SmallNet", b"Small\xff\xfe\xfd"))
+    with pytest.raises(ArtefactError, match="no graph that can be read"):
+        read_notes(file)
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def _name(node: Any, number: int, values: dict[str, Value]) -> str:
     for name in node.input[1:2]:
         if isinstance(values.get(name), np.ndarray) and re.fullmatch(r"\w+(\.\w+)*\.weight", name, flags=re.ASCII):
             return str(name.removesuffix(".weight"))
-    return re.sub(r"\W", "_", node.name, flags=re.ASCII).strip("_") or f"{node.op_type.lower()}_{number}"
+    return str(node.name).strip("/") or f"{node.op_type.lower()}_{number}"
 
 
 def _check_parity(runtime: Any, file: Path, model: fx.GraphModule) -> None:
