@@ -78,7 +78,7 @@ class ExportCheck:
 
     def table(self, style: str = "simple") -> str:
         """The errors by batch, in any format that tabulate knows."""
-        return _table(self.batches, style)
+        return batches_table(self.batches, style)
 
     def to_json(self) -> str:
         """Everything as JSON text; infinite errors as ``Infinity``."""
@@ -127,7 +127,7 @@ def compare_on_examples(
     if other_size:
         larger = with_size(example, _LARGER, generator)
         runs.append((f"random {'×'.join(map(str, larger.tensors()[0].shape[1:]))}", larger))
-    return tuple(_check_batch(session, reference, source, run) for source, run in [*runs, ("example", example)])
+    return tuple(compare_batch(session, reference, source, run) for source, run in [*runs, ("example", example)])
 
 
 def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], example: Example) -> BatchCheck:
@@ -161,7 +161,7 @@ def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], exa
                 "inputs, or (inputs, targets), as a DataLoader does."
             )
         given = Example((inputs,)).to(reference)
-        checks.append(_check_batch(session, reference, f"batch {number} of the data", given))
+        checks.append(compare_batch(session, reference, f"batch {number} of the data", given))
     if not checks:
         raise InputsError("data holds no batch. Pass an iterable of batches that was not used up before.")
     examples = sum(check.batch for check in checks)
@@ -175,7 +175,18 @@ def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], exa
     )
 
 
-def _check_batch(session: Any, reference: nn.Module, source: str, inputs: Example) -> BatchCheck:
+def compare_batch(session: Any, reference: nn.Module, source: str, inputs: Example) -> BatchCheck:
+    """Run file and model side by side on one batch.
+
+    Args:
+        session: Of the file.
+        reference: The model.
+        source: Where the batch comes from.
+        inputs: The batch.
+
+    Raises:
+        ExportError: One of them does not run, or the file's inputs or shapes are not the model's.
+    """
     where = f"a batch of {inputs.batch} ({source})"
     try:
         expected = {name: value.cpu().numpy() for name, value in named_outputs(inputs.run(reference)).items()}
@@ -217,7 +228,8 @@ def _largest_difference(wanted: NDArray[Any], found: NDArray[Any]) -> float:
     return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))
 
 
-def _table(batches: Sequence[BatchCheck], style: str) -> str:
+def batches_table(batches: Sequence[BatchCheck], style: str) -> str:
+    """The errors by batch, in any format that tabulate knows."""
     rows = [
         [b.source, b.batch, f"{b.absolute:.2e}", f"{b.relative:.2e}", "" if b.top1 is None else f"{b.top1:.1%}"]
         for b in batches
