@@ -34,7 +34,7 @@ def answers(file: Path, images: Tensor) -> np.ndarray:
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, QuantisationCheck]:
     images = digits(96)
-    net = make_net(width=32)
+    net = make_net(width=24)
     net(images)  # norms get statistics
     small = convert(net, ratio=2, example_inputs=images[:2], initialiser="weights").train()
     path = tmp_path_factory.mktemp("int8") / "small.onnx"
