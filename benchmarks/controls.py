@@ -1,12 +1,10 @@
-"""The networks of examples/cifar10.py in any width, and what Ghost networks are compared with: narrowed and pruned.
+"""The networks of examples/cifar10.py in any width, narrowed as near to given MACs as their channels allow.
 
-Both are brought as near to given MACs as their channels allow: a narrower plain network by the widths of its stages,
-a pruned one by torch-pruning (Fang et al. 2023, arXiv 2301.12900), whose groups of channels go by their norm.
+The other control, pruned at those MACs, is ghostify.deployment.pruning.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,14 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ghostify._torchvision import import_torchvision
-from ghostify.extras import require
 from ghostify.nn.cifar import CifarResNet, CifarVGG
 from ghostify.tracing.counting import count_macs
 
 Widths = Sequence[int]
-
-_PRUNING_STEPS = 400  # so fine that the last one passes the MACs asked for by little
-_MOST_PRUNED = 0.9  # of a layer's channels
 
 
 @dataclass(frozen=True)
@@ -32,12 +26,10 @@ class Network:
     Attributes:
         build: Makes one with random weights from the widths of its stages.
         widths: As published.
-        prunable: Whether the convolution of that name may lose output channels.
     """
 
     build: Callable[[Widths], nn.Module]
     widths: Widths
-    prunable: Callable[[str], bool] = lambda name: True
 
 
 def _vgg16(widths: Widths) -> nn.Module:
@@ -56,14 +48,9 @@ def _mobilenet_v2(widths: Widths) -> nn.Module:
     return model
 
 
-def _inside_a_block(name: str) -> bool:
-    """A padded shortcut ties the outputs of blocks to channels that are not there, so only what is inside can go."""
-    return name.startswith("layer") and name.endswith("conv1")
-
-
 NETWORKS: dict[str, Network] = {
-    "resnet20": Network(lambda widths: CifarResNet(3, width=widths), (16, 32, 64), _inside_a_block),
-    "resnet56": Network(lambda widths: CifarResNet(9, width=widths), (16, 32, 64), _inside_a_block),
+    "resnet20": Network(lambda widths: CifarResNet(3, width=widths), (16, 32, 64)),
+    "resnet56": Network(lambda widths: CifarResNet(9, width=widths), (16, 32, 64)),
     "vgg16": Network(_vgg16, (64, 128, 256, 512)),
     "mobilenet_v2": Network(_mobilenet_v2, (16, 24, 32, 64, 96, 160, 320)),
 }
@@ -97,30 +84,3 @@ def narrowed(name: str, macs: int, images: Tensor, seed: int = 0) -> nn.Module:
     widths = min(choices, key=lambda widths: abs(excess(widths)))
     torch.manual_seed(seed)
     return network.build(widths)
-
-
-def pruned(name: str, model: nn.Module, macs: int, images: Tensor) -> nn.Module:
-    """A copy of a network without the channels of least norm, whose MACs have just come down to those given."""
-    pruning = require("torch_pruning", extra="bench")
-    small = copy.deepcopy(model)
-    outputs = [module for module in small.modules() if isinstance(module, nn.Linear)][-1:]
-    tied = [
-        module
-        for name_of_module, module in small.named_modules()
-        if isinstance(module, nn.Conv2d) and not NETWORKS[name].prunable(name_of_module)
-    ]
-    pruner = pruning.pruner.BasePruner(
-        small,
-        images[:1],
-        importance=pruning.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=True,
-        pruning_ratio=_MOST_PRUNED,
-        max_pruning_ratio=_MOST_PRUNED,
-        iterative_steps=_PRUNING_STEPS,
-        ignored_layers=[*outputs, *tied],
-    )
-    for _ in range(_PRUNING_STEPS):
-        if count_macs(small, images[:1]).macs <= macs:
-            return small
-        pruner.step()
-    raise SystemExit(f"torch-pruning cannot bring {name} down to {macs:,} MACs with {_MOST_PRUNED:.0%} of its channels")

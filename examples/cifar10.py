@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ghostify
-from benchmarks.controls import NETWORKS, narrowed, plain, pruned
+from benchmarks.controls import NETWORKS, narrowed, plain
 from benchmarks.networks import SHARED, accuracy
 from benchmarks.pages import Row, measured_on
 from benchmarks.results import hardware, write_page
+from ghostify.deployment.pruning import pruned
 from ghostify.distillation import LOSSES, DataOptions, Splits
 from ghostify.distillation.checkpoint import snapshot, write_weights
 from ghostify.distillation.optimisation import uses_bf16
@@ -116,7 +117,7 @@ def narrow(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
 
 def without_channels(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
     """The teacher without the channels that torch-pruning takes away."""
-    return pruned(case.network, teacher, case.macs(teacher, images), images)
+    return pruned(teacher, case.macs(teacher, images), example_inputs=images[:1])
 
 
 def itself(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:

@@ -10,9 +10,10 @@ from typing import Annotated, NoReturn, TextIO
 
 import typer
 
+from ghostify.cli_compare import compare_command
 from ghostify.cli_distill import distill_command
 from ghostify.cli_export import checked_export, describe_command, export_command
-from ghostify.cli_inputs import calibration_images, example_for, sample
+from ghostify.cli_inputs import calibration_images, example_for, read_text
 from ghostify.cli_options import (  # fmt: skip
     BackendName,
     BudgetTexts,
@@ -23,7 +24,6 @@ from ghostify.cli_options import (  # fmt: skip
     Json,
     Keep,
     Model,
-    OptionalData,
     Overrides,
     Placement,
     Pretrained,
@@ -32,7 +32,6 @@ from ghostify.cli_options import (  # fmt: skip
     Sensitivity,
     Shape,
     Skip,
-    Student,
     Threads,
     Weights,
     check_none_ignored,
@@ -44,14 +43,11 @@ from ghostify.cli_options import (  # fmt: skip
     trained,
 )
 from ghostify.conversion import INITIALISERS, apply
-from ghostify.deployment import ExportConfig, load, save
+from ghostify.deployment import ExportConfig, save
 from ghostify.deployment.artefact import model_plan
-from ghostify.distillation import load_data
-from ghostify.distillation.history import read_history
-from ghostify.errors import GhostifyError, InputsError
+from ghostify.errors import GhostifyError
 from ghostify.files import atomic_file
 from ghostify.planning import plan
-from ghostify.reporting import compare
 from ghostify.spec import GhostSpec, Plan
 from ghostify.zoo import is_onnx, load_model
 
@@ -150,7 +146,7 @@ def convert_command(
     inputs = calibration_images(calibration, images, seed)
     example = inputs[:1] if inputs is not None else example_for(network, model, input_shape)
     if plan_file is not None:
-        made = Plan.from_json(_read(plan_file))
+        made = Plan.from_json(read_text(plan_file))
     else:
         limits = read_budget(budget)
         made = plan(
@@ -183,39 +179,11 @@ app.command(
 )(distill_command)
 
 
-@app.command(
+app.command(
     "compare",
     epilog="Example: ghostify compare my.models:resnet20 run/student --weights resnet20.safetensors "
     "--data parquet:cifar10 --out report.html",
-)
-def compare_command(
-    model: Model,
-    student: Student,
-    data: OptionalData = None,
-    out: Annotated[
-        list[Path] | None, typer.Option("--out", "-o", help="write .html, .md, .json, .csv or .txt; repeatable")
-    ] = None,
-    history: Annotated[Path | None, typer.Option(help="history.json of a distillation, for its curves")] = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    input_shape: Shape = None,
-    as_json: Json = False,
-) -> None:
-    """Compare original and converted model: parameters, MACs, latency, and accuracy where data are given."""
-    original = trained(model, pretrained, weights)
-    small = load(student, base=original)
-    splits = None if data is None else load_data(data)
-    example = sample(splits, 1) if splits is not None and input_shape is None else None
-    report = compare(
-        original,
-        small,
-        example_inputs=example_for(original, model, input_shape) if example is None else example,
-        data=None if splits is None else splits.test,
-        history=() if history is None else read_history(_read(history)),
-    )
-    for path in out or []:
-        report.save(path)
-    show(report.to_json() if as_json else f"{report}{''.join(stored(path) for path in out or [])}")
+)(compare_command)
 
 
 app.command("export", epilog="Example: ghostify export my.models:resnet20 run/student --out small.onnx")(export_command)
@@ -274,10 +242,3 @@ def _short_warning(
 def _spec(ratio: float, dw_size: int, fusion: str, placement: str) -> GhostSpec:
     # GhostSpec itself checks the words.
     return GhostSpec(ratio, dw_size, fusion, placement)  # type: ignore[arg-type]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputsError(f"path={str(path)!r} cannot be read: {error}. Name a file that ghostify wrote.") from error

@@ -1,8 +1,9 @@
-"""Where the sub-commands take the models' inputs from: a data set, an option, or the model's library."""
+"""Where the sub-commands take their inputs from: a data set, an option, the model's library, or a stored file."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -45,3 +46,11 @@ def sample(splits: Splits, images: int) -> Tensor:
 def calibration_images(data: str | None, images: int, seed: int) -> Tensor | None:
     """Some training images of a data set, ``(images, c, h, w)``; None without one."""
     return None if data is None else sample(load_data(data, DataOptions(seed=seed)), images)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that ghostify has written."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputsError(f"path={str(path)!r} cannot be read: {error}. Name a file that ghostify wrote.") from error

@@ -150,25 +150,40 @@ class _Together(nn.Module):
 def _onnxruntime_runs(modules: Sequence[nn.Module], example: Example, threads: int) -> list[Run]:
     require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
-    runtime = require("onnxruntime", extra="onnx")
+    require("onnxruntime", extra="onnx")
     plain = [copy.deepcopy(module).cpu().float() for module in modules]
     example = example.to(plain[0])
     if len(plain) == 1:
-        return [_session_run(runtime, onnx_program(plain[0], example, name="the model"), example, threads)]
-    program = onnx_program(_Together(plain), example, name="a layer")
-    extractor = require("onnx.utils", extra="onnx").Extractor(program)
-    inputs = [entry.name for entry in program.graph.input]
-    parts = (extractor.extract_model(inputs, [f"output{number}"]) for number in range(len(modules)))
-    return [_session_run(runtime, part, example, threads) for part in parts]
+        parts = [onnx_program(plain[0], example, name="the model")]
+    else:
+        program = onnx_program(_Together(plain), example, name="a layer")
+        extractor = require("onnx.utils", extra="onnx").Extractor(program)
+        inputs = [entry.name for entry in program.graph.input]
+        parts = [extractor.extract_model(inputs, [f"output{number}"]) for number in range(len(modules))]
+    return [session_run(onnx_session(part.SerializeToString(), threads), example) for part in parts]
 
 
-def _session_run(runtime: Any, program: Any, example: Example, threads: int) -> Run:
+def onnx_session(source: bytes | str, threads: int) -> Any:
+    """An ``onnxruntime.InferenceSession`` on the CPU that can be timed beside others.
+
+    Args:
+        source: The model itself, or the path of its file.
+        threads: Processor threads.
+
+    Raises:
+        MissingExtraError: The extra ``onnx`` is not installed.
+    """
+    runtime = require("onnxruntime", extra="onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # Threads of one session that wait for work would slow the session that is measured next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = runtime.InferenceSession(program.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def session_run(session: Any, example: Example) -> Run:
+    """A call that runs a session on the example, whose tensors are in the order of the session's inputs."""
     names = (entry.name for entry in session.get_inputs())
     feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, example.tensors(), strict=True)}
     return lambda: session.run(None, feed)

@@ -125,7 +125,7 @@ def export_onnx(
     reference = model if _is_float32_cpu(model) else plain
     with atomic_file(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
-        _check_file(onnx, temporary)
+        check_file(onnx, temporary)
         session = open_session(runtime, temporary)
         batches = compare_on_examples(session, reference, example, config.batch_sizes, config.dynamic_size)
         if data is not None:
@@ -183,7 +183,16 @@ def _is_float32_cpu(model: nn.Module) -> bool:
     return all(t.device.type == "cpu" and (t.dtype == torch.float32 or not t.is_floating_point()) for t in tensors)
 
 
-def _check_file(onnx: Any, file: Path) -> None:
+def check_file(onnx: Any, file: Path) -> None:
+    """Refuse a file that is no valid ONNX.
+
+    Args:
+        onnx: The module ``onnx``.
+        file: The ONNX file.
+
+    Raises:
+        ExportError: Its operators, types or shapes do not fit each other.
+    """
     try:
         onnx.checker.check_model(file, full_check=True)  # with shape inference
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -81,7 +81,7 @@ class ExportCheck:
 
     def table(self, style: str = "simple") -> str:
         """The errors by batch, in any format that tabulate knows."""
-        return _table(self.batches, style)
+        return batches_table(self.batches, style)
 
     def to_json(self) -> str:
         """Everything as JSON text; infinite errors as ``Infinity``."""
@@ -238,7 +238,8 @@ def _largest_difference(wanted: NDArray[Any], found: NDArray[Any]) -> float:
     return float(np.nan_to_num(difference, nan=np.inf, posinf=np.inf).max(initial=0.0))
 
 
-def _table(batches: Sequence[BatchCheck], style: str) -> str:
+def batches_table(batches: Sequence[BatchCheck], style: str) -> str:
+    """The errors by batch, in any format that tabulate knows."""
     rows = [
         [b.source, b.batch, f"{b.absolute:.2e}", f"{b.relative:.2e}", "" if b.top1 is None else f"{b.top1:.1%}"]
         for b in batches

@@ -57,7 +57,7 @@ def measure_accuracy(
     tally = _Tally()
     with evaluating(original, compressed), torch.no_grad():
         for item in data:
-            inputs, targets = _split(item, tally.batches, input_dims)
+            inputs, targets = split_batch(item, tally.batches, input_dims)
             tally.batches += 1
             if len(inputs) == 0:
                 continue
@@ -95,8 +95,17 @@ def _accuracy(tally: _Tally) -> tuple[Accuracy, tuple[str, ...]]:
     return accuracy, remarks
 
 
-def _split(item: Any, index: int, input_dims: int) -> tuple[Tensor, Tensor | None]:
-    """Inputs and targets of a batch, with the shapes that they must have."""
+def split_batch(item: Any, index: int, input_dims: int) -> tuple[Tensor, Tensor | None]:
+    """Inputs and targets of a batch, with the shapes that they must have.
+
+    Args:
+        item: Inputs ``(n, ...)``, or ``(inputs, targets)`` with class numbers ``(n,)``.
+        index: Number of the batch, for messages.
+        input_dims: Dimensions that the inputs must have.
+
+    Raises:
+        InputsError: It is something else.
+    """
     parts = list(item) if isinstance(item, tuple | list) else [item]
     if len(parts) not in (1, 2) or not isinstance(parts[0], Tensor):
         kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"

@@ -96,8 +96,8 @@ def measure_latency(
         times = interleaved(runs, effort, device, threads=backend.threads)
     ratio = np.percentile(times[:, 0] / times[:, 1], [25, 50, 75])
     return Latency(
-        original=_timing(times[:, 0]),
-        compressed=_timing(times[:, 1]),
+        original=timing_of(times[:, 0]),
+        compressed=timing_of(times[:, 1]),
         ratio=float(ratio[1]),
         ratio_q25=float(ratio[0]),
         ratio_q75=float(ratio[2]),
@@ -138,7 +138,8 @@ def _channels_last_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-def _timing(milliseconds: np.ndarray) -> Timing:
+def timing_of(milliseconds: np.ndarray) -> Timing:
+    """Median, quartiles and minimum of times ``(runs,)`` in milliseconds."""
     q25, median, q75 = np.percentile(milliseconds, [25, 50, 75])
     return Timing(median=float(median), q25=float(q25), q75=float(q75), minimum=float(milliseconds.min()))
 

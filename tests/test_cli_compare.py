@@ -1,0 +1,73 @@
+"""The sub-command compare with --with."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from ghostify.cli import main
+from ghostify.conversion import convert
+from ghostify.deployment import save
+from ghostify.nn.cifar import CifarResNet
+
+NET = "from ghostify.nn.cifar import CifarResNet\ndef net():\n    return CifarResNet(1, in_channels=1)\n"
+DATA = """
+import torch
+from ghostify.distillation import Splits
+def images():
+    batches = [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
+    return Splits(train=batches, val=batches, load_test=lambda: batches, name="images")
+"""
+COMPARE = ("compare", "nets.py:net", "small", "--data", "pictures:images")
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch, capsys):
+    """Run the command in this process, beside a student: status, standard output, standard error."""
+    (tmp_path / "nets.py").write_text(NET)
+    (tmp_path / "pictures.py").write_text(DATA)
+    save(convert(CifarResNet(1, in_channels=1), ratio=2, example_inputs=torch.zeros(1, 1, 8, 8)), tmp_path / "small")
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ghostify", *map(str, arguments)])
+        monkeypatch.setattr("warnings.showwarning", None)  # given back afterwards
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return call
+
+
+def test_int8_stands_under_a_key_of_its_own(called, tmp_path):
+    status, out, error = called(*COMPARE, "--with", "int8", "--images", 8, "--onnx", "files", "--json")
+    assert status == 0, error
+    told = json.loads(out)
+    names = [form["name"] for form in told["deployed"]["forms"]]
+    assert names == ["original", "original int8", "Ghost", "Ghost int8"]
+    assert told["original"]["params"] == told["deployed"]["forms"][0]["params"]
+    assert told["deployed"]["examples"] == 8
+    assert sorted(file.stem for file in (tmp_path / "files").iterdir()) == sorted(names)
+
+
+@pytest.mark.slow
+def test_the_table_follows_the_report(called):
+    pytest.importorskip("torch_pruning")
+    status, out, error = called(*COMPARE, "--with", "int8,pruning", "--images", 8)
+    assert status == 0, error
+    report, table = out.split("\nAs deployed: ")
+    assert "MACs" in report
+    assert "norms estimated anew on the calibration images" in table
+    assert [line.split("  ")[0] for line in table.splitlines()[5:9]] == ["Ghost", "Ghost int8", "pruned", "pruned int8"]
+
+
+def test_what_cannot_be_compared_is_told_before_anything_is_measured(called):
+    status, out, error = called(*COMPARE, "--with", "int4")
+    assert (status, out) == (1, "")
+    assert "with='int4': 'int4' is unknown" in error
+    status, out, error = called("compare", "nets.py:net", "small", "--with", "int8", "--input-shape", "1,8,8")
+    assert (status, out) == (1, "")
+    assert "--data" in error
