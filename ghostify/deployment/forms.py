@@ -34,8 +34,6 @@ from ghostify.tracing.calibration import Calibration
 from ghostify.tracing.counting import count_macs, count_params
 from ghostify.tracing.example import Example, ExampleInputs, require_module
 
-_CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class FormsConfig:
