@@ -227,7 +227,7 @@ def compare_deployed(
     if data is not None and agreement[0] is None:
         remarks.append("Accuracy is left out: the first output is no table of class scores (n, classes).")
     version = require("onnxruntime", extra="onnx").__version__
-    backend = f"onnxruntime {version}, {config.threads} thread{'s' * (config.threads > 1)}, {device_name(_CPU)}"
+    backend = f"onnxruntime {version}, {config.threads} thread{'s' * (config.threads > 1)}, {device_name(torch.device('cpu'))}"
     return DeployedForms(tuple(forms), example.shapes, examples, len(times), backend, tuple(remarks))
 
 
@@ -331,7 +331,7 @@ def _times(sessions: Sequence[Any], example: Example, config: FormsConfig) -> Ti
     effort = Effort(config.repeats, fewest=10, warmup=5, seconds=config.seconds)
     with running(Backend(threads=config.threads)):
         return interleaved(
-            [session_run(session, example) for session in sessions], effort, _CPU, threads=config.threads
+            [session_run(session, example) for session in sessions], effort, torch.device("cpu"), threads=config.threads
         )
 
 
