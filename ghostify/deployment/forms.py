@@ -227,7 +227,7 @@ def compare_deployed(
     if data is not None and agreement[0] is None:
         remarks.append("Accuracy is left out: the first output is no table of class scores (n, classes).")
     version = require("onnxruntime", extra="onnx").__version__
-    backend = f"onnxruntime {version}, {config.threads} thread{'s' * (config.threads > 1)}, {device_name(torch.device('cpu'))}"
+    backend = f"{Backend(threads=config.threads)}, version {version}, {device_name(torch.device('cpu'))}"
     return DeployedForms(tuple(forms), example.shapes, examples, len(times), backend, tuple(remarks))
 
 
