@@ -20,8 +20,9 @@ help:
 demo: $(VENV)/demo.stamp
 	$(BIN)/ghostify demo --out demo-run
 
+# One process a core, each with one thread: threads of several would wait for each other.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
