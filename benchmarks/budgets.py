@@ -79,7 +79,7 @@ def table_lines(rows: list[Row]) -> Iterator[list[str]]:
             str(images),
             told([row["test"] for row in same]),
             *(f"{told([row['test'] for row in some])} ({len(some)})" if some else "" for some in trained),
-            told([row["planning"] for row in same], 0),
+            told(planning, 0) if (planning := [row["planning"] for row in same if row["planning"] is not None]) else "",
             str(len(same)),
         ]
 
