@@ -132,8 +132,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def cache_folder() -> Path:
-    """Where measurements are kept to be used again: ``$GHOSTIFY_CACHE``, or ``~/.cache/ghostify``."""
-    return Path(os.environ.get("GHOSTIFY_CACHE") or Path.home() / ".cache" / "ghostify")

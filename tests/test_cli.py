@@ -24,22 +24,6 @@ def ghostify(*arguments, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def called(tmp_path, monkeypatch, capsys):
-    """Run the command in this process: status, standard output, standard error."""
-
-    def call(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["ghostify", *map(str, arguments)])
-        monkeypatch.setattr("warnings.showwarning", None)  # given back afterwards
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return ended.value.code, shown.out, shown.err
-
-    return call
-
-
 @pytest.mark.parametrize("command", ["plan", "convert", "distill", "compare", "export", "describe", "demo"])
 def test_help_has_an_example(command):
     shown = CliRunner().invoke(app, [command, "--help"])

@@ -1,50 +1,16 @@
 """The sub-commands export and describe, and convert from and to ONNX."""
 
 import json
-import sys
 
 import onnx
 import pytest
-import torch
 
-from ghostify.cli import main
-from ghostify.conversion import convert
-from ghostify.deployment import read_notes, save
+from ghostify.deployment import read_notes
 from ghostify.spec import Plan
 
-NET = "from ghostify.nn.cifar import CifarResNet\ndef net():\n    return CifarResNet(1, in_channels=1)\n"
-DATA = """
-import torch
-from ghostify.distillation import Splits
-def images():
-    batches = [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
-    return Splits(train=batches, val=batches, load_test=lambda: batches, name="images")
-"""
-
-
-@pytest.fixture
-def called(tmp_path, monkeypatch, capsys):
-    """Run the command in this process, beside a student: status, standard output, standard error."""
-    from ghostify.nn.cifar import CifarResNet
-
-    (tmp_path / "nets.py").write_text(NET)
-    (tmp_path / "pictures.py").write_text(DATA)
-    save(convert(CifarResNet(1, in_channels=1), ratio=2, example_inputs=torch.zeros(1, 1, 8, 8)), tmp_path / "small")
-
-    def call(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["ghostify", *map(str, arguments)])
-        monkeypatch.setattr("warnings.showwarning", None)  # given back afterwards
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return ended.value.code, shown.out, shown.err
-
-    return call
-
-
 EXPORT = ("export", "nets.py:net", "small", "--input-shape", "1,8,8", "--out", "small.onnx")
+
+pytestmark = pytest.mark.usefixtures("student")
 
 
 def test_export_on_data_with_dynamic_size_and_describe(called, tmp_path):

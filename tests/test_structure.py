@@ -12,7 +12,7 @@ import pytest
 import ghostify
 
 PACKAGE = Path(ghostify.__file__).parent
-BASE = ["errors", "documents", "plan_text", "spec", "extras", "files", "states"]
+BASE = ["errors", "documents", "plan_text", "spec", "extras", "files", "measurements", "states"]
 STAGES = ["nn", "tracing", "backends", "planning", "conversion", "distillation", "reporting", "deployment"]
 HEAVY = [
     "matplotlib",

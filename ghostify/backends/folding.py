@@ -15,7 +15,7 @@ from ghostify.errors import ConversionError
 from ghostify.nn.folded import PLAIN, affine, can_fold, folded
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan, Site
-from ghostify.tracing import Example, ExampleInputs, copier_memo, difference, evaluating, trace
+from ghostify.tracing import Example, ExampleInputs, copier_memo, difference, evaluating, trace, unwrapped
 from ghostify.tracing.example import require_module
 from ghostify.tracing.graph import Follower, follower_of
 from ghostify.tracing.sites import has_hooks
@@ -57,6 +57,7 @@ def fold(model: nn.Module, *, example_inputs: ExampleInputs | Example) -> nn.Mod
         True
     """
     require_module(model, "model")
+    model = unwrapped(model)  # the plan knows the names inside torch's wrappers
     example = Example.of(example_inputs)
     facts = trace(model, example, lift=False)
     plan = getattr(model, "ghostify_plan", None)
@@ -70,7 +71,7 @@ def fold(model: nn.Module, *, example_inputs: ExampleInputs | Example) -> nn.Mod
     if not parted <= _TOLERANCES.get(dtype, _COARSE) * max(largest, 1e-6):
         raise ConversionError(
             f"The folded {type(model).__name__} gives other outputs (largest difference {parted:.3g}, of "
-            f"{largest:.3g} at most). Deploy it unfolded (fold=False), and please report the model."
+            f"{largest:.3g} at most). Deploy it unfolded (ExportConfig(fold=False)), and please report the model."
         )
     return deployed
 

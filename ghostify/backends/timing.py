@@ -52,7 +52,7 @@ def interleaved(runs: Sequence[Run], effort: Effort, device: torch.device, *, th
     Returns:
         Milliseconds, ``(rounds, runs)``.
     """
-    now = time.thread_time if threads == 1 and device.type == "cpu" else time.perf_counter
+    now = time.thread_time if has_own_clock(device, threads) else time.perf_counter
 
     def timed(run: Run) -> float:
         _synchronise(device)
@@ -79,6 +79,11 @@ def interleaved(runs: Sequence[Run], effort: Effort, device: torch.device, *, th
         else:  # the other way round, so that none always follows the same other
             rounds.append([timed(run) for run in reversed(runs)][::-1])
     return np.array(rounds)
+
+
+def has_own_clock(device: torch.device, threads: int) -> bool:
+    """Whether what is timed is the work of one processor thread, which has a clock."""
+    return threads == 1 and device.type == "cpu"
 
 
 def median_and_error(values: Times) -> tuple[float, float]:

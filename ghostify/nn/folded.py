@@ -113,7 +113,8 @@ def folded(unit: GhostConv, norm: nn.Module | None = None, after: nn.Module | No
     conv = unit.primary_conv
     assert isinstance(conv, _ConvNd)  # see can_fold
     if unit.primary_norm is not None:
-        conv = fuse_conv_bn_eval(conv.eval(), cast(_BatchNorm, unit.primary_norm.eval()))
+        # Copies: a mode that is set on the unit itself would stay.
+        conv = fuse_conv_bn_eval(copy.deepcopy(conv).eval(), cast(_BatchNorm, copy.deepcopy(unit.primary_norm).eval()))
     m, n = unit.intrinsic_channels, unit.out_channels
     sizes = [n % m, m - n % m] if n % m else [m]
     behind = None if norm is None else tuple(numbers[_made_at(unit)] for numbers in affine(norm))

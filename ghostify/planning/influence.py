@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -20,7 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ghostify.files import atomic_file, cache_folder
+from ghostify.measurements import keep, place_of, recall
 from ghostify.nn.layout import position_parents
 from ghostify.planning.choice import choose_layout
 from ghostify.planning.explained import RIDGE, explained_by, kept_share, norm_of, site_moments
@@ -44,10 +43,12 @@ def influences(facts: Trace, specs: Mapping[str, GhostSpec], chunks: list[Exampl
         chunks: Calibration inputs. What is found is kept under their fingerprint and that of the weights, site by
             site: what was stopped goes on there.
     """
+    if not specs:
+        return {}
     few = list(_first(chunks, _IMAGES))
     answers = [_answers(facts.model, example) for example in few]
-    file = cache_folder() / "influence" / f"{_fingerprint(facts.model, chunks, specs)}.json"
-    found = _read(file)
+    file = place_of("influence", _fingerprint(facts.model, chunks, specs))
+    found = recall(_ADAPTER, file) or {}
     sites = [site for site in facts.sites if site.name in specs and site.name not in found]
     some = next(iter(specs.values()))
     bar = Console(stderr=True)
@@ -60,9 +61,7 @@ def influences(facts: Trace, specs: Mapping[str, GhostSpec], chunks: list[Exampl
             made = [_answers(facts.model, example) for example in few]
         apart = sum(_divergence(new, old) for new, old in zip(made, answers, strict=True)) / len(few)
         found[site.name] = apart / max(lost, 1e-6)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(file) as temporary:
-            temporary.write_bytes(_ADAPTER.dump_json(found))
+        keep(_ADAPTER, found, file)
     return found
 
 
@@ -80,14 +79,12 @@ def _stand_in(
     rows = parents.to(cross.device)
     kernels = ridge_solve(gram[rows], cross[rows, :, columns].unsqueeze(-1), RIDGE).squeeze(-1)
     bias = (moments.sum_y[columns] - (moments.sum_a[rows] * kernels).sum(1)) / moments.rows
-    weight = kernels.view(len(ghosts), 1, *(spec.dw_size,) * dims).float()
+    weight = kernels.view(len(ghosts), 1, *(spec.dw_size,) * dims)
 
     def replaced(maps: Tensor) -> Tensor:
-        made = maps.clone()
-        depthwise = _DEPTHWISE[dims](
-            maps.index_select(-dims - 1, rows), weight, bias.float(), padding=spec.dw_size // 2, groups=len(ghosts)
-        )
-        return made.index_copy(-dims - 1, columns, depthwise)
+        read, groups = maps.index_select(-dims - 1, rows), len(ghosts)
+        made = _DEPTHWISE[dims](read, weight.to(maps), bias.to(maps), padding=spec.dw_size // 2, groups=groups)
+        return maps.index_copy(-dims - 1, columns, made)
 
     return replaced, lost
 
@@ -131,21 +128,13 @@ def _first(chunks: list[Example], images: int) -> Iterator[Example]:
         used += chunk.batch
 
 
-def _fingerprint(model: nn.Module, chunks: list[Example], specs: Mapping[str, GhostSpec]) -> str:
+def _fingerprint(model: nn.Module, chunks: list[Example], specs: Mapping[str, GhostSpec]) -> bytes:
     """A hash of weights, images and units."""
     digest = hashlib.sha256(repr(sorted((name, str(spec)) for name, spec in specs.items())).encode())
     for tensor in (*model.state_dict().values(), *(tensor for chunk in chunks for tensor in chunk.tensors())):
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read(file: Path) -> dict[str, float]:
-    """Earlier results; such as cannot be read are measured again."""
-    try:
-        return _ADAPTER.validate_json(file.read_bytes())
-    except (OSError, pydantic.ValidationError):
-        return {}
+    return digest.digest()
 
 
 _DEPTHWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -8,12 +8,9 @@ are timed once, and every result is kept on disk.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pydantic
@@ -25,7 +22,8 @@ from torch import nn
 from ghostify.backends.runners import Backend, device_name, device_of, running, runs_of
 from ghostify.backends.timing import CONFIDENCE, Effort, Run, interleaved, median_and_error, outlier_share
 from ghostify.documents import STRICT
-from ghostify.files import atomic_file, cache_folder
+from ghostify.extras import require
+from ghostify.measurements import keep, place_of, recall
 from ghostify.planning.layers import Layer
 from ghostify.spec import Decision, Forecast, GhostSpec, Site
 from ghostify.tracing import Trace, evaluating
@@ -158,7 +156,6 @@ def latency_table(facts: Trace, choices: Mapping[str, Sequence[GhostSpec]], back
         MissingExtraError: The backend is not installed.
         ExportError: The network cannot be exported for it.
     """
-    folder = cache_folder() / "latency"
     device = torch.device("cpu") if backend.folds else device_of(facts.model)
     batch, processor = facts.example.batch, device_name(device)
     layers = [Layer.of(site, facts) for site in facts.sites if choices.get(site.name)]
@@ -171,8 +168,11 @@ def latency_table(facts: Trace, choices: Mapping[str, Sequence[GhostSpec]], back
         specs = choices[name]
         key = " | ".join([layer.key, *map(str, specs), str(backend), processor, f"batch {batch}", _versions(backend)])
         if key not in measured:
-            file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-            measured[key] = _read(file) or _keep(_measured(layer, specs, backend, device, batch), file)
+            file = place_of("latency", key)
+            known = recall(_ADAPTER, file)
+            measured[key] = known or _measured(layer, specs, backend, device, batch)
+            if known is None:
+                keep(_ADAPTER, measured[key], file)
         found[name] = measured[key]
     return LatencyTable(backend, processor, batch, original, error, reference, found)
 
@@ -216,20 +216,5 @@ def _reference(device: torch.device) -> Run:
 
 
 def _versions(backend: Backend) -> str:
-    package = "onnxruntime" if backend.name == "onnxruntime" else "torch"
-    return f"{package} {metadata.version(package)}, method {_METHOD}"
-
-
-def _read(file: Path) -> LayerTimes | None:
-    """An earlier result; one that cannot be read is measured again."""
-    try:
-        return _ADAPTER.validate_json(file.read_bytes())
-    except (OSError, pydantic.ValidationError):
-        return None
-
-
-def _keep(times: LayerTimes, file: Path) -> LayerTimes:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as temporary:
-        temporary.write_bytes(_ADAPTER.dump_json(times, indent=1))
-    return times
+    package = require("onnxruntime" if backend.name == "onnxruntime" else "torch", extra="onnx")
+    return f"{package.__name__} {package.__version__}, method {_METHOD}"

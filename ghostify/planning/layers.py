@@ -36,7 +36,6 @@ class Layer:
         norm: The batch norm behind it, if it alone reads the convolution.
         activation: A copy of the activation behind that.
         follower: How it is called.
-        device: Where it runs.
     """
 
     site: Site

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ghostify.backends.folding import fold
 from ghostify.backends.runners import Backend, device_name, device_of, running, runs_of
-from ghostify.backends.timing import Effort, interleaved
+from ghostify.backends.timing import Effort, has_own_clock, interleaved
 from ghostify.errors import InputsError, OptionError
 from ghostify.reporting.report import Latency, Timing
 from ghostify.tracing.example import Example, ExampleInputs, evaluating
@@ -108,6 +108,7 @@ def measure_latency(
         backend=f"{'torch eager' if backend.name == 'torch' else backend.name}, {device_name(device)}",
         dtype=_dtypes(models),
         channels_last=options.channels_last,
+        clock="thread" if has_own_clock(device, backend.threads) else "wall",
     )
 
 

@@ -147,8 +147,9 @@ def measured_lines(report: Report) -> list[str]:
         found = report.latency
         early = f", stopped by the time limit before {found.pairs_asked}" if found.pairs < found.pairs_asked else ""
         form = ", channels-last" if found.channels_last else ""
+        clock = ", by that thread's own clock (not the wall's)" if found.clock == "thread" else ""
         lines.append(
-            f"Latency: of the whole batch, {found.backend}, {found.threads} thread{'s'[: found.threads != 1]}, "
+            f"Latency: of the whole batch, {found.backend}, {found.threads} thread{'s'[: found.threads != 1]}{clock}, "
             f"{found.dtype}{form}; {found.pairs} runs of each model in turn after {found.warmup} to warm up{early}; "
             "the change is the median of the pairwise ratios (with their quartiles)."
         )

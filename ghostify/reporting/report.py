@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pydantic
 
@@ -81,6 +82,7 @@ class Latency:
         backend: What ran them, with the device's name.
         dtype: Floating-point type of the parameters.
         channels_last: Whether models and inputs were in channels-last memory format.
+        clock: ``wall``; or ``thread``: the own time of the one processor thread that worked.
     """
 
     original: Timing
@@ -95,6 +97,7 @@ class Latency:
     backend: str
     dtype: str
     channels_last: bool
+    clock: Literal["wall", "thread"] = "wall"
 
     __pydantic_config__ = STRICT
 

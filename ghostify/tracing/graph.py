@@ -139,7 +139,8 @@ def follower_of(layer: str, graph: fx.Graph, model: nn.Module) -> Follower:
         graph: Of the model.
         model: The model that was traced.
     """
-    user = _reader(next(node for node in graph.nodes if node.op == "call_module" and node.target == layer), model)
+    call = next((node for node in graph.nodes if node.op == "call_module" and node.target == layer), None)
+    user = None if call is None else _reader(call, model)  # a layer that was changed since may be no node any more
     adds = user is not None and user.target in _ADDITIONS
     if adds and user is not None:
         user = _reader(user, model)

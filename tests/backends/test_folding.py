@@ -9,7 +9,7 @@ from torch import nn
 
 import ghostify
 from ghostify.errors import ConversionError, InputsError
-from ghostify.nn.folded import FoldedGhost
+from ghostify.nn.folded import FoldedGhost, folded
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -132,6 +132,30 @@ def test_a_change_of_the_outputs_is_an_error(monkeypatch):
     monkeypatch.setattr(folding, "fuse_conv_bn_eval", lambda conv, norm, transpose: copy.deepcopy(conv))
     with pytest.raises(ConversionError, match=r"gives other outputs.*fold=False"):
         ghostify.fold(randomised(Block(True)), example_inputs=X)
+
+
+@pytest.mark.parametrize("placement", ["linear", "paper"])
+def test_one_unit_is_left_in_its_mode(placement):
+    unit = ghostify.convert(
+        randomised(Block(True)).train(), spec=ghostify.GhostSpec(2, placement=placement), example_inputs=X
+    ).conv1
+    modes = [module.training for module in unit.modules()]
+    assert any(modes)
+    folded(unit)
+    assert [module.training for module in unit.modules()] == modes
+
+
+def test_wrappers_of_torch_come_off():
+    small = ghostify.convert(randomised(Block(True)), ratio=2, example_inputs=X)
+    deployed = ghostify.fold(nn.DataParallel(small), example_inputs=X)
+    assert type(deployed) is Block
+    assert isinstance(deployed.conv1, FoldedGhost)
+
+
+def test_a_layer_that_was_exchanged_since_is_no_trap():
+    small = ghostify.convert(randomised(Block(True)), ratio=2, example_inputs=X)
+    small.bn1 = nn.Sequential(small.bn1, nn.Identity())
+    torch.testing.assert_close(ghostify.fold(small, example_inputs=X)(X), small(X), rtol=1e-4, atol=1e-4)
 
 
 def test_bad_arguments_are_told():

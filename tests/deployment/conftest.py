@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,16 @@ def converted(images: Tensor) -> nn.Module:
 @pytest.fixture
 def stored(converted: nn.Module, tmp_path: Path) -> Path:
     return save(converted, tmp_path / "artefact")
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stored model that nobody changes."""
+    net = convert(make_net(), ratio=2, example_inputs=torch.zeros(1, 3, 12, 12), initialiser="weights")
+    return save(net, tmp_path_factory.mktemp("intact") / "artefact")
+
+
+@pytest.fixture(scope="module")
+def scratch(intact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of it for the tests to damage."""
+    return Path(shutil.copytree(intact, tmp_path_factory.mktemp("scratch") / "artefact"))

@@ -15,22 +15,9 @@ from deployment_nets import SmallNet, make_net
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ghostify.conversion import convert
-from ghostify.deployment import load, save
+from ghostify.deployment import load
 from ghostify.deployment.manifest import MAX_PLAN_BYTES, _digest, sha256
 from ghostify.errors import ArtefactError
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    net = convert(make_net(), ratio=2, example_inputs=torch.zeros(1, 3, 12, 12), initialiser="weights")
-    return save(net, tmp_path_factory.mktemp("intact") / "artefact")
-
-
-@pytest.fixture(scope="module")
-def scratch(intact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(intact, tmp_path_factory.mktemp("scratch") / "artefact"))
-
 
 BASE = make_net(seed=5)
 

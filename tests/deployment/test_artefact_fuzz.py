@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostify.conversion import convert
-from ghostify.deployment import load, save
+from ghostify.deployment import load
 from ghostify.deployment.manifest import _digest, sha256
 from ghostify.errors import ArtefactError
 
@@ -65,17 +64,6 @@ def confined(spare: int = 2**30) -> Iterator[None]:
         watching = False
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert not seen
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    net = convert(make_net(), ratio=2, example_inputs=torch.zeros(1, 3, 12, 12), initialiser="weights")
-    return save(net, tmp_path_factory.mktemp("intact") / "artefact")
-
-
-@pytest.fixture(scope="module")
-def scratch(intact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(intact, tmp_path_factory.mktemp("scratch") / "artefact"))
 
 
 def restored(scratch: Path, intact: Path) -> Path:

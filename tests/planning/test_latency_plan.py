@@ -307,3 +307,11 @@ def test_one_thread_has_a_clock_of_its_own():
         interleaved([lambda: time.sleep(0.02)], effort, torch.device("cpu"), threads=threads) for threads in (1, 2)
     ]
     assert np.median(times[0]) < 10 < np.median(times[1])
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning_alone(monkeypatch, tmp_path):
+    Clock(monkeypatch, by_share)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*GHOSTIFY_CACHE"):
+        assert planned(0.85).latency.left <= 0.85

@@ -79,6 +79,7 @@ def test_it_says_how_it_measured(pair):
     assert found.backend.startswith("torch eager, ")
     assert found.dtype == "float32 (original), float64 (ghost)"
     assert found.warmup == 1
+    assert found.clock == ("thread" if found.threads == 1 else "wall")
 
 
 def test_channels_last_measures_copies(pair):
