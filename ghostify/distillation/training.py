@@ -22,6 +22,7 @@ from ghostify.distillation.features import FeatureTaps
 from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
+from ghostify.distillation.memory import retained_memory
 from ghostify.distillation.optimisation import learning_rate, uses_bf16
 from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
 from ghostify.distillation.processes import launched, read_epoch
@@ -145,6 +146,7 @@ def distill(
 
     with ExitStack() as stack:
         stack.enter_context(preserved_random_state(device))
+        stack.enter_context(retained_memory(device))
         stack.enter_context(synchronised_norms(student, wanted=config.sync_norms, device=device))
         stack.enter_context(evaluating(student, teacher))  # also gives the flags back at the end
         stack.enter_context(torch.enable_grad())
