@@ -26,7 +26,7 @@ def distill_command(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for checkpoints, history and the trained student")],
     epochs: Annotated[int, typer.Option(min=1, help="how often to go through the training data")] = 10,
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 0.05,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = DistillConfig.lr,
     warmup: Annotated[float | None, typer.Option(help="share of the steps before the peak")] = None,
     loss: Annotated[str, typer.Option(help="kd, mse or dist")] = "kd",
     hard_weight: Annotated[float, typer.Option(help="weight of the labels, 0 to 1; the teacher has the rest")] = 0.0,

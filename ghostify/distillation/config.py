@@ -57,7 +57,7 @@ class DistillConfig:
         OptionError: A value that cannot be used.
     """
 
-    lr: float = 0.1
+    lr: float = 0.05
     schedule: str = "one-cycle"
     warmup: float | None = None
     optimizer: str = "sgd"
@@ -113,7 +113,7 @@ class DistillConfig:
         if self.clip_norm is not None:
             _number("clip_norm", self.clip_norm, above=0.0)
         _whole("seed", self.seed, least=0)
-        if self.optimizer == "adamw" and self.lr > 0.05:
+        if self.optimizer == "adamw" and self.lr >= 0.05:
             raise OptionError(
                 f"lr={self.lr} with optimizer='adamw' diverges: Adam's steps are about lr long whatever the gradient. "
                 "Pass lr=0.001 to lr=0.003."

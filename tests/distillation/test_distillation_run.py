@@ -51,7 +51,8 @@ FAST = DistillConfig(lr=0.1)
 
 def test_the_student_learns_to_agree_with_the_teacher() -> None:
     teacher, student = network(1), network(2)
-    run = distill(student, teacher=teacher, data=images(256, shuffle=True), val=images(128, seed=9), epochs=12)
+    data, config = images(256, shuffle=True), DistillConfig(lr=0.1)
+    run = distill(student, teacher=teacher, data=data, val=images(128, seed=9), epochs=12, config=config)
     assert run.student is student
     assert run.start.agreement < 0.6 < 0.8 < run.history[run.best_epoch - 1].val_agreement
     assert run.history[-1].loss < 0.3 * run.history[0].loss

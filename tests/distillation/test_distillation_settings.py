@@ -112,7 +112,7 @@ def test_layers_are_a_tuple_and_settings_are_json() -> None:
     record = json.loads(json.dumps(config.settings(), allow_nan=False))
     assert record.keys() == vars(config).keys()
     assert (record["loss"], record["feature_loss"].split(".")[-1]) == ("Own", "own")
-    assert (record["features"], record["ema"], record["lr"]) == (["conv1", "conv2"], 0.999, 0.1)
+    assert (record["features"], record["ema"], record["lr"]) == (["conv1", "conv2"], 0.999, config.lr)
     assert DistillConfig(features="sites").features == "sites"
     assert DistillConfig().features is None
 
@@ -148,7 +148,7 @@ def test_layers_are_a_tuple_and_settings_are_json() -> None:
         ({"compile": 1}, "compile=1 must be True or False"),
         ({"patience": 0}, "patience=0 must be a whole number of at least 1"),
         ({"patience": 2.0}, "patience=2.0"),
-        ({"optimizer": "adamw"}, "lr=0.1 with optimizer='adamw'.*lr=0.001"),
+        ({"optimizer": "adamw"}, "lr=0.05 with optimizer='adamw'.*lr=0.001"),
     ],
 )
 def test_settings_that_cannot_be_used(settings: dict, message: str) -> None:
