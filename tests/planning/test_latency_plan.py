@@ -3,6 +3,7 @@
 Times are made up where a rule is tested: a runner that takes as long as a table says.
 """
 
+import functools
 import json
 import math
 import sys
@@ -25,7 +26,7 @@ from ghostify.nn.ghost import GhostConv
 from ghostify.planning import latency
 from ghostify.planning.layers import Layer, aligned
 from ghostify.spec import GhostSpec, Plan
-from ghostify.tracing import trace
+from ghostify.tracing import Example, trace
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -242,6 +243,24 @@ def test_backends_run_what_they_are_given(backend):
         made = run()
         made = torch.from_numpy(made[0]) if backend == "onnxruntime" else made
         torch.testing.assert_close(made, network(*example.args), rtol=1e-3, atol=1e-4)
+
+
+class Compiled(nn.Module):
+    """Tells whether it runs compiled: adds a number of its own then."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return x + self.number if torch.compiler.is_compiling() else x
+
+
+def test_every_choice_is_compiled(monkeypatch):
+    """torch compiles one forward for eight modules, and runs the ninth as it is."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    runs = runners.runs_of(Backend("torch-compile"), [Compiled(number) for number in range(1, 12)], Example((X,)))
+    assert [round(float((run() - X).mean())) for run in runs] == list(range(1, 12))
 
 
 def test_a_real_latency_is_planned_and_measured(capsys):
