@@ -33,6 +33,9 @@ Budget = Mapping[str, float]
 KEYS = ("macs", "params", "size_bytes", "latency")
 # The solver counts in whole numbers; a table shows milliseconds.
 _MICROSECONDS = 1_000
+# The solver's tolerances are absolute, 1e-6: what it compares has this size at most.
+_SOLVER_SCALE = 1_000
+_OPTIMAL = 1e-6
 # Of the solver's search tree. A limit in seconds would give other plans on other machines.
 _NODES = 100_000
 # A status of ``scipy.optimize.milp``.
@@ -119,7 +122,7 @@ def within_budget(
     ]
     sites = sum(len(offers) > 1 for offers in menu)
     notes.append(
-        f"damage {damage:.4f}: what {sites} sites lose of their variance, each measured alone, in sum; {_optimal(gap)}"
+        f"damage {damage:.4g}: what {sites} sites lose of their variance, each measured alone, in sum; {_optimal(gap)}"
     )
     return Met(decisions, damage, {key: left[key] / totals[key] for key in totals}, tuple(notes))
 
@@ -152,17 +155,19 @@ def least_damage(
         limits: The most that may be added in sum; none for a choice without limits.
 
     Returns:
-        The number of each site's offer, and by how much the sum of damages may be above the least; ``None`` if nothing
-        keeps to the limits.
+        The number of each site's offer, and by how much the sum of damages may be above the least, 0 if it is the
+        least; ``None`` if nothing keeps to the limits.
 
     Raises:
         BudgetError: The solver gave up.
     """
     sizes = [len(some) for some in damages]
     starts = np.cumsum([0, *sizes])
+    damage = np.array([value for some in damages for value in some], dtype=float)
+    unit = float(np.abs(damage).max()) / _SOLVER_SCALE or 1.0
     cost = np.array([change for some in changes for change in some], dtype=object).reshape(-1, len(limits))
     one_each = np.repeat(np.eye(len(sizes)), sizes, axis=1)
-    scale = np.maximum(1, np.abs(cost).max(0)).astype(float) / 1_000  # its tolerance is absolute, 1e-6
+    scale = np.maximum(1, np.abs(cost).max(0)).astype(float) / _SOLVER_SCALE
     constraints = [
         LinearConstraint(one_each, 1, 1),
         LinearConstraint((cost / scale).astype(float).T, -np.inf, np.array(limits, dtype=float) / scale),
@@ -170,7 +175,7 @@ def least_damage(
     while True:
         with _nothing_on_stdout():
             found = milp(
-                np.concatenate([np.asarray(some, dtype=float) for some in damages]),
+                damage / unit,
                 integrality=np.ones(starts[-1]),
                 bounds=Bounds(0, 1),
                 constraints=constraints,
@@ -183,7 +188,8 @@ def least_damage(
         chosen = [int(found.x[start:end].argmax()) for start, end in pairwise(starts.tolist())]
         columns = starts[:-1] + chosen
         if all(sum(cost[columns, k]) <= limit for k, limit in enumerate(limits)):
-            return chosen, max(0.0, float(found.fun - found.mip_dual_bound))
+            gap = float(found.fun - found.mip_dual_bound)
+            return chosen, gap * unit if gap > _OPTIMAL else 0.0
         constraints.append(LinearConstraint(np.isin(np.arange(starts[-1]), columns)[None], 0, len(sizes) - 1))
 
 
@@ -266,7 +272,7 @@ def _shown(key: str, number: int) -> str:
 
 
 def _optimal(gap: float) -> str:
-    return "no choice has less" if gap <= 1e-6 else f"another choice may have up to {gap:.1g} less"
+    return "no choice has less" if not gap else f"another choice may have up to {gap:.1g} less"
 
 
 def _out_of_reach(budget: Budget, limits: dict[str, int], least: dict[str, int], totals: dict[str, int]) -> str:

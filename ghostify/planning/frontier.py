@@ -69,7 +69,7 @@ class Frontier:
         rows = [
             [
                 f"{100 * fraction:.1f} %",
-                f"{damage:.4f}",
+                f"{damage:.4g}",
                 len(plan.replaced),
                 f"{plan.macs_after:,}",
                 f"{plan.params_after:,}",
