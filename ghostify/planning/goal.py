@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ghostify.backends.runners import Backend
 from ghostify.errors import OptionError
-from ghostify.planning.budget import Budget, check_budget_options
 from ghostify.planning.keeping import check_keep_options
+from ghostify.planning.limits import Budget, check_budget_options
 from ghostify.tracing import Example
 
 _SENSITIVITIES = ("explained", "measured")

@@ -23,6 +23,7 @@ from ghostify.nn.cifar import CifarResNet
 from ghostify.planning import budget, frontier, planner
 from ghostify.planning.budget import least_damage
 from ghostify.planning.keeping import RATIOS
+from ghostify.planning.limits import absolute
 from ghostify.tracing import trace
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -195,7 +196,10 @@ def test_overrides_and_skip_stay_in_force():
         ({"budget": {"macs": 0}, "calibration": IMAGES}, "'macs': 0} is no finite number above 0"),
         ({"budget": {"macs": float("nan")}, "calibration": IMAGES}, "is no finite number"),
         ({"budget": {"macs": True}, "calibration": IMAGES}, "is no finite number"),
-        ({"budget": {"macs": "0.5"}, "calibration": IMAGES}, "is no finite number"),
+        ({"budget": {"macs": "0.5"}, "calibration": IMAGES}, "'macs': '0.5'} is no number above 0 with a unit"),
+        ({"budget": {"macs": "0 %"}, "calibration": IMAGES}, "is no number above 0 with a unit"),
+        ({"budget": {"latency": "-1 ms"}, "calibration": IMAGES}, "is no number above 0 with a unit"),
+        ({"budget": {"macs": "5 ms"}, "calibration": IMAGES}, "'macs': '5 ms'} is a time"),
         ({"budget": {"macs": 1.5}, "calibration": IMAGES}, "'macs': 1.5} is neither a fraction"),
         ({"budget": {}, "calibration": IMAGES}, "is not a dict of limits"),
         ({"budget": 0.5, "calibration": IMAGES}, "budget=0.5 is not a dict"),
@@ -305,7 +309,9 @@ def test_ties_are_broken_alike():
     ("arguments", "status", "told"),
     [
         (["--budget", "macs=0.9", "--budget", "params=0.95", "--calibration", "digits"], 0, "params "),
-        (["--budget", "macs", "--calibration", "digits"], 1, "budget='macs' is not KEY=NUMBER"),
+        (["--budget", "macs=90%", "--budget", "params=95 %", "--input-shape", "1,8,8"], 0, "params "),
+        (["--budget", "macs", "--calibration", "digits"], 1, "budget='macs' is not KEY=VALUE"),
+        (["--budget", "macs=half", "--input-shape", "1,8,8"], 1, "'half'} is no number above 0 with a unit"),
         (["--budget", "macs=0.9", "--input-shape", "1,8,8"], 0, "macs "),
         (["--threads", "2", "--input-shape", "1,8,8"], 1, "threads=2 is given without a backend"),
     ],
@@ -331,9 +337,21 @@ def test_the_command_takes_budgets(command, arguments, status, told, tmp_path, m
 
 
 def test_a_fraction_is_meant_in_decimals():
-    assert budget._absolute("macs", 0.29, 100) == 29
-    assert budget._absolute("macs", 1e-9, 100) == 0
-    assert budget._absolute("macs", 2e6, 100) == 2_000_000
+    assert absolute("macs", 0.29, 100) == 29
+    assert absolute("macs", 1e-9, 100) == 0
+    assert absolute("macs", 2e6, 100) == 2_000_000
+    assert absolute("macs", 10**400, 100) == 10**400
+
+
+def test_a_unit_says_what_a_number_is():
+    assert absolute("latency", "0.8 ms", 5_000) == 800
+    assert absolute("latency", "12.5ms", 5_000) == 12_500
+    assert absolute("macs", "29%", 100) == 29
+    assert absolute("latency", ".5 %", 5_000) == 25
+    assert planned({"macs": "70 %"}).decisions == planned({"macs": 0.7}).decisions
+    assert [p.fraction for p in frontier(net(), points=["90 %", 0.5], calibration=IMAGES)] == sorted(
+        planned({"macs": limit}).macs_after / planned({"macs": limit}).macs for limit in (0.9, 0.5)
+    )
 
 
 def test_the_frontier_is_drawn(tmp_path):

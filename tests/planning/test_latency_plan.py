@@ -97,6 +97,11 @@ def test_milliseconds_are_a_limit_too(monkeypatch):
     Clock(monkeypatch, by_share)
     assert planned(8.5).latency == planned(0.85).latency
     assert planned(8.5).replaced == planned(0.85).replaced
+    assert planned("8.5 ms") == planned(8.5)
+    with pytest.raises(BudgetError, match=r"'0.85 ms'} cannot be met"):  # of 10 ms; 0.85 is a fraction
+        planned("0.85 ms")
+    with pytest.raises(NothingToConvertError, match=r"'0.8 ms' for milliseconds"):
+        planned(1)
 
 
 def test_a_site_that_does_not_pay_is_never_replaced(monkeypatch):
