@@ -70,6 +70,12 @@ class Backend:
         return f"{self.name}, {self.threads} thread{'' if self.threads == 1 else 's'}"
 
 
+def backend_installed(name: str) -> None:
+    """Raise MissingExtraError unless what a backend needs beside torch is installed."""
+    for module in ("onnx", "onnxscript", "onnxruntime") if name == "onnxruntime" else ():
+        require(module, extra="onnx")
+
+
 def runs_of(backend: Backend, modules: Sequence[nn.Module], example: Example) -> list[Run]:
     """Make calls that run each module on the same inputs.
 
@@ -162,9 +168,7 @@ class _Together(nn.Module):
 
 
 def _onnxruntime_runs(modules: Sequence[nn.Module], example: Example, threads: int) -> list[Run]:
-    require("onnx", extra="onnx")
-    require("onnxscript", extra="onnx")
-    require("onnxruntime", extra="onnx")
+    backend_installed("onnxruntime")
     plain = [copy.deepcopy(module).cpu().float() for module in modules]
     example = example.to(plain[0])
     if len(plain) == 1:

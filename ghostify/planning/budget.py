@@ -26,6 +26,7 @@ from ghostify.planning.keeping import kept
 from ghostify.planning.latency import LatencyTable
 from ghostify.planning.limits import KEYS, MICROSECONDS, Budget, absolute
 from ghostify.planning.orders import with_orders
+from ghostify.planning.rules import reasons_told
 from ghostify.spec import Decision
 from ghostify.tracing import Trace
 
@@ -86,7 +87,13 @@ def within_budget(
         [limits[key] - totals[key] for key in limits],
     )
     if found is None:
-        raise BudgetError(_out_of_reach(budget, limits, smallest(options, facts, table), totals))
+        least = smallest(options, facts, table)
+        if all(least[key] >= totals[key] for key in limits):
+            raise BudgetError(
+                f"budget={dict(budget)!r} cannot be met: no layer that may change saves any. "
+                f"{why_kept(options, facts, table)}"
+            )
+        raise BudgetError(_out_of_reach(budget, limits, least, totals))
     chosen, gap = found
     decisions = [offers[index] for offers, index in zip(menu, chosen, strict=True)]
     damage = sum(map(_damage, decisions))
@@ -114,6 +121,12 @@ def smallest(options: Sequence[Sequence[Decision]], facts: Trace, table: Latency
     changes = _changes(_menu(options, facts, table), facts, table)
     totals = original_costs(facts, table)
     return {key: totals[key] + sum(min(change[key] for change in some) for some in changes) for key in totals}
+
+
+def why_kept(options: Sequence[Sequence[Decision]], facts: Trace, table: LatencyTable | None = None) -> str:
+    """Why the layers that cannot change are kept, as a sentence."""
+    told = reasons_told(offers[0] for offers in _menu(options, facts, table) if len(offers) == 1)
+    return f"Kept are: {told or 'none; overrides decide'}."
 
 
 def least_damage(

@@ -16,7 +16,7 @@ from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
-from ghostify.planning.budget import original_costs, smallest, within_budget
+from ghostify.planning.budget import original_costs, smallest, why_kept, within_budget
 from ghostify.planning.goal import Goal
 from ghostify.planning.limits import KEYS, absolute, check_limit
 from ghostify.planning.planner import (  # fmt: skip
@@ -165,8 +165,11 @@ def frontier(
     budgets: list[float | str]
     if isinstance(points, int):
         least = smallest(options, facts, table)[key]
-        if least == total:
-            raise NothingToConvertError(f"No convolution of {type(model).__name__} can change: the plan says why.")
+        if least >= total:
+            raise NothingToConvertError(
+                f"No convolution of {type(model).__name__} that may change saves {key}: the original has as little as "
+                f"any plan. {why_kept(options, facts, table)}"
+            )
         # As fractions: latency counts in microseconds. The half keeps rounding from asking for less than the least.
         budgets = [(int(limit) + 0.5) / total for limit in np.linspace(least, total, int(points), endpoint=False)]
     else:

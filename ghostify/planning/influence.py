@@ -69,8 +69,9 @@ def influences(facts: Trace, specs: Mapping[str, GhostSpec], chunks: list[Exampl
         apart = sum(_divergence(new, old) for new, old in zip(made, answers, strict=True)) / len(few)
         if not math.isfinite(apart):
             raise InputsError(
-                f"The answers of {type(facts.model).__name__} on the calibration inputs are not finite, with {site.name} "
-                "replaced or without, so they cannot be compared. Pass sensitivity='explained', or other inputs."
+                f"The answers of {type(facts.model).__name__} on the calibration inputs are not finite, with "
+                f"{site.name} replaced or without, and cannot be compared. Pass sensitivity='explained', or other "
+                "inputs."
             )
         found[site.name] = apart / max(lost, 1e-6)
         keep(_ADAPTER, found, file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -22,7 +21,7 @@ from ghostify.planning.latency import LatencyTable, latency_table
 from ghostify.planning.layers import aligned, distinct
 from ghostify.planning.limits import Budget
 from ghostify.planning.orders import with_orders
-from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
+from ghostify.planning.rules import HABITS, OBSTACLES, reasons_told, saves_nothing
 from ghostify.spec import Decision, GhostSpec, Plan, Site
 from ghostify.tracing import ExampleInputs, Trace, fingerprint, trace
 from ghostify.tracing.calibration import Calibration, calibration_chunks
@@ -135,10 +134,9 @@ def plan_traced(
     if facts.unlifted is not None and not any(decision.site.name in facts.lifted for decision in made.replaced):
         made = _decided(facts.unlifted, default, skip, overrides, goal)  # the model can stay of its own class
     if not made.replaced:
-        reasons = Counter(decision.reason for decision in made)
         raise NothingToConvertError(
             f"No convolution of {made.model} is left to replace: "
-            f"{', '.join(f'{reason} ({count})' for reason, count in reasons.most_common(5))}. "
+            f"{reasons_told(made)}. "
             "An override such as overrides={'NAME': 2} outranks a skip and the habits (first layer, output layer)."
         )
     return made

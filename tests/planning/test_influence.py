@@ -109,7 +109,7 @@ def test_answers_that_are_no_numbers_are_told():
     """A class that is ruled out by a score of minus infinity made every damage 0."""
     model = TwoWays()
     model.head.bias.data[0] = -torch.inf
-    with pytest.raises(InputsError, match=r"answers of TwoWays .* not finite .* loud .*sensitivity='explained'"):
+    with pytest.raises(InputsError, match=r"answers of TwoWays .* not finite, with loud .*sensitivity='explained'"):
         measured(model, loud=2, quiet=2)
 
 
