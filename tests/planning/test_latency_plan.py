@@ -183,14 +183,14 @@ def test_an_index_counts_where_one_is_needed(monkeypatch):
     assert saved[0] - saved[1] == pytest.approx(0.1)
 
 
-def test_layers_that_were_measured_on_a_slow_machine_are_scaled(monkeypatch):
+def test_layers_that_were_measured_on_a_slow_machine_are_scaled(monkeypatch, cache):
     clock = Clock(monkeypatch, by_share)
     calm = planned(0.85)
     times = clock.times
     monkeypatch.setattr(
         latency, "interleaved", lambda runs, *rest, **more: times(runs, *rest, **more) * (3 if len(runs) > 2 else 1)
     )
-    monkeypatch.setenv("GHOSTIFY_CACHE", "elsewhere")
+    monkeypatch.setenv("GHOSTIFY_CACHE", str(cache / "elsewhere"))
     assert planned(0.85).latency == calm.latency
 
 
