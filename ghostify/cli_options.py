@@ -12,6 +12,7 @@ from torch import nn
 from ghostify.backends.runners import RUNNERS, Backend
 from ghostify.errors import OptionError
 from ghostify.planning import Budget, Override
+from ghostify.planning.limits import check_limit
 from ghostify.zoo import is_onnx, load_model
 
 Model = Annotated[
@@ -41,7 +42,7 @@ BudgetTexts = Annotated[
     typer.Option(
         "--budget",
         help="in place of --ratio: KEY=VALUE, what may be left of macs, params, size_bytes or latency, as a "
-        "fraction, a whole number, or milliseconds; repeatable",
+        "fraction, a whole number, milliseconds, or with a unit as 50% or 0.8ms; repeatable",
     ),
 ]
 BackendName = Annotated[
@@ -115,15 +116,18 @@ def read_overrides(texts: list[str] | None) -> dict[str, Override]:
 
 def read_budget(texts: list[str] | None) -> Budget | None:
     """Read ``KEY=VALUE``; None if there is none."""
-    read: dict[str, float] = {}
+    read: dict[str, float | str] = {}
     for text in texts or []:
-        key, _, value = text.partition("=")
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"budget={text!r} is not KEY=VALUE. Write it as macs=0.5 or latency=0.8ms.")
         if key in read:
-            raise OptionError(f"budget={text!r} and {key}={read[key]:g} are both given. Pass one limit of each kind.")
+            raise OptionError(f"budget={text!r} and {key}={read[key]} are both given. Pass one limit of each kind.")
         try:
             read[key] = float(value)
-        except ValueError as error:
-            raise OptionError(f"budget={text!r} is not KEY=NUMBER. Write it as macs=0.5 or params=2000000.") from error
+        except ValueError:
+            read[key] = value
+        check_limit(key, read[key])
     return read or None
 
 

@@ -76,9 +76,13 @@ def _small(number: float | None) -> str:
 
 
 def _forecast(latency: Forecast) -> str:
+    # Layers that were timed alone can save more in sum than a small network takes.
+    speed = (
+        f"{latency.original_ms / latency.converted_ms:.2f}× as fast" if latency.converted_ms else "no telling how fast"
+    )
     return (
         f"latency {latency.original_ms:.2f} → {latency.converted_ms:.2f} ± {latency.noise_ms:.2f} ms expected   "
-        f"({latency.original_ms / latency.converted_ms:.2f}× as fast on {latency.backend}, threads {latency.threads}, "
+        f"({speed} on {latency.backend}, threads {latency.threads}, "
         f"batch {latency.batch}, {latency.device})"
     )
 

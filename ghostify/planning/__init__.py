@@ -1,8 +1,8 @@
 """Deciding, before anything is changed, what happens to every convolution and what it saves."""
 
-from ghostify.planning.budget import Budget
 from ghostify.planning.frontier import Frontier, frontier
 from ghostify.planning.goal import Goal
+from ghostify.planning.limits import Budget
 from ghostify.planning.planner import (  # fmt: skip
     Override,
     chosen_spec,

@@ -9,10 +9,9 @@ are on offer.
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,17 +21,18 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from ghostify.errors import BudgetError, NothingToConvertError, OptionError
+from ghostify.errors import BudgetError, NothingToConvertError
 from ghostify.planning.keeping import kept
 from ghostify.planning.latency import LatencyTable
+from ghostify.planning.limits import KEYS, MICROSECONDS, Budget, absolute
 from ghostify.planning.orders import with_orders
+from ghostify.planning.rules import reasons_told
 from ghostify.spec import Decision
 from ghostify.tracing import Trace
 
-Budget = Mapping[str, float]
-KEYS = ("macs", "params", "size_bytes", "latency")
-# The solver counts in whole numbers; a table shows milliseconds.
-_MICROSECONDS = 1_000
+# The solver's tolerances are absolute, 1e-6: what it compares has this size at most.
+_SOLVER_SCALE = 1_000
+_OPTIMAL = 1e-6
 # Of the solver's search tree. A limit in seconds would give other plans on other machines.
 _NODES = 100_000
 # A status of ``scipy.optimize.milp``.
@@ -56,29 +56,6 @@ class Met:
     notes: tuple[str, ...]
 
 
-def check_budget_options(budget: Budget, keep: float | None, ratio: float | None) -> None:
-    """Raise OptionError unless a budget has known keys and sound values, and alone decides the ratios."""
-    if not isinstance(budget, Mapping) or not budget:
-        raise OptionError(f"budget={budget!r} is not a dict of limits. Pass one such as {{'macs': 0.5}}.")
-    for key, value in budget.items():
-        if key not in KEYS:
-            raise OptionError(
-                f"budget={{{key!r}: {value!r}}}: the key is unknown. Use one or more of {', '.join(KEYS)}."
-            )
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-            raise OptionError(f"budget={{{key!r}: {value!r}}} is no finite number above 0, such as 0.5 for half.")
-        if value > 1 and value != int(value) and key != "latency":
-            raise OptionError(
-                f"budget={{{key!r}: {value!r}}} is neither a fraction of the original, up to 1, nor a whole number of "
-                f"{key}. Pass 0.5 for half."
-            )
-    for name, other in (("keep", keep), ("ratio", ratio)):
-        if other is not None:
-            raise OptionError(
-                f"budget={dict(budget)!r} and {name}={other!r} are both given, and each chooses the ratios. Pass one."
-            )
-
-
 def within_budget(
     options: Sequence[Sequence[Decision]], budget: Budget, facts: Trace, table: LatencyTable | None = None
 ) -> Met:
@@ -95,10 +72,13 @@ def within_budget(
         BudgetError: No choice meets it.
     """
     totals = original_costs(facts, table)
-    limits = {key: _absolute(key, value, totals[key]) for key, value in budget.items()}
+    limits = {key: absolute(key, value, totals[key]) for key, value in budget.items()}
     if all(limits[key] >= totals[key] for key in limits):
         has = ", ".join(f"{key}={_shown(key, totals[key])}" for key in limits)
-        raise NothingToConvertError(f"budget={dict(budget)!r} asks for nothing: the original has {has}. Ask for less.")
+        unit = " Up to 1 a number is a fraction; write '0.8 ms' for milliseconds." if "latency" in budget else ""
+        raise NothingToConvertError(
+            f"budget={dict(budget)!r} asks for nothing: the original has {has}. Ask for less.{unit}"
+        )
     menu = _menu(options, facts, table)
     changes = _changes(menu, facts, table)
     found = least_damage(
@@ -107,7 +87,13 @@ def within_budget(
         [limits[key] - totals[key] for key in limits],
     )
     if found is None:
-        raise BudgetError(_out_of_reach(budget, limits, smallest(options, facts, table), totals))
+        least = smallest(options, facts, table)
+        if all(least[key] >= totals[key] for key in limits):
+            raise BudgetError(
+                f"budget={dict(budget)!r} cannot be met: no layer that may change saves any. "
+                f"{why_kept(options, facts, table)}"
+            )
+        raise BudgetError(_out_of_reach(budget, limits, least, totals))
     chosen, gap = found
     decisions = [offers[index] for offers, index in zip(menu, chosen, strict=True)]
     damage = sum(map(_damage, decisions))
@@ -118,16 +104,15 @@ def within_budget(
         for key in limits
     ]
     sites = sum(len(offers) > 1 for offers in menu)
-    notes.append(
-        f"damage {damage:.4f}: what {sites} sites lose of their variance, each measured alone, in sum; {_optimal(gap)}"
-    )
+    lost = "lose of their variance" if all(made.damage is None for made in decisions) else "cost the answers"
+    notes.append(f"damage {damage:.4g}: what {sites} sites {lost}, each measured alone, in sum; {_optimal(gap)}")
     return Met(decisions, damage, {key: left[key] / totals[key] for key in totals}, tuple(notes))
 
 
 def original_costs(facts: Trace, table: LatencyTable | None = None) -> dict[str, int]:
     """Multiply-accumulates, parameters, bytes of the parameters (without buffers) and microseconds of the original."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in facts.model.parameters())
-    timed = () if table is None else (round(table.original * _MICROSECONDS),)
+    timed = () if table is None else (round(table.original * MICROSECONDS),)
     return dict(zip(KEYS, (facts.count.macs, facts.params, size, *timed), strict=False))
 
 
@@ -136,6 +121,12 @@ def smallest(options: Sequence[Sequence[Decision]], facts: Trace, table: Latency
     changes = _changes(_menu(options, facts, table), facts, table)
     totals = original_costs(facts, table)
     return {key: totals[key] + sum(min(change[key] for change in some) for some in changes) for key in totals}
+
+
+def why_kept(options: Sequence[Sequence[Decision]], facts: Trace, table: LatencyTable | None = None) -> str:
+    """Why the layers that cannot change are kept, as a sentence."""
+    told = reasons_told(offers[0] for offers in _menu(options, facts, table) if len(offers) == 1)
+    return f"Kept are: {told or 'none; overrides decide'}."
 
 
 def least_damage(
@@ -152,17 +143,19 @@ def least_damage(
         limits: The most that may be added in sum; none for a choice without limits.
 
     Returns:
-        The number of each site's offer, and by how much the sum of damages may be above the least; ``None`` if nothing
-        keeps to the limits.
+        The number of each site's offer, and by how much the sum of damages may be above the least, 0 if it is the
+        least; ``None`` if nothing keeps to the limits.
 
     Raises:
         BudgetError: The solver gave up.
     """
     sizes = [len(some) for some in damages]
     starts = np.cumsum([0, *sizes])
+    damage = np.array([value for some in damages for value in some], dtype=float)
+    unit = float(np.abs(damage).max()) / _SOLVER_SCALE or 1.0
     cost = np.array([change for some in changes for change in some], dtype=object).reshape(-1, len(limits))
     one_each = np.repeat(np.eye(len(sizes)), sizes, axis=1)
-    scale = np.maximum(1, np.abs(cost).max(0)).astype(float) / 1_000  # its tolerance is absolute, 1e-6
+    scale = np.maximum(1, np.abs(cost).max(0)).astype(float) / _SOLVER_SCALE
     constraints = [
         LinearConstraint(one_each, 1, 1),
         LinearConstraint((cost / scale).astype(float).T, -np.inf, np.array(limits, dtype=float) / scale),
@@ -170,7 +163,7 @@ def least_damage(
     while True:
         with _nothing_on_stdout():
             found = milp(
-                np.concatenate([np.asarray(some, dtype=float) for some in damages]),
+                damage / unit,
                 integrality=np.ones(starts[-1]),
                 bounds=Bounds(0, 1),
                 constraints=constraints,
@@ -183,7 +176,8 @@ def least_damage(
         chosen = [int(found.x[start:end].argmax()) for start, end in pairwise(starts.tolist())]
         columns = starts[:-1] + chosen
         if all(sum(cost[columns, k]) <= limit for k, limit in enumerate(limits)):
-            return chosen, max(0.0, float(found.fun - found.mip_dual_bound))
+            gap = float(found.fun - found.mip_dual_bound)
+            return chosen, gap * unit if gap > _OPTIMAL else 0.0
         constraints.append(LinearConstraint(np.isin(np.arange(starts[-1]), columns)[None], 0, len(sizes) - 1))
 
 
@@ -251,22 +245,16 @@ def _change(offer: Decision, model: nn.Module, table: LatencyTable | None) -> di
     params = offer.params_after - offer.params_before
     weight = model.get_submodule(offer.site.name).weight if params else None  # a Ghost unit is of its dtype
     size = params * weight.element_size() if isinstance(weight, Tensor) else 0
-    timed = () if table is None else (-round((offer.saved_ms or 0.0) * _MICROSECONDS),)
+    timed = () if table is None else (-round((offer.saved_ms or 0.0) * MICROSECONDS),)
     return dict(zip(KEYS, (offer.macs_after - offer.macs_before, params, size, *timed), strict=False))
 
 
-def _absolute(key: str, value: float, total: int) -> int:
-    """A limit as a whole number; 0.29 of 100 are 29, though 0.29 * 100 is less in floating point."""
-    unit = _MICROSECONDS if key == "latency" else 1
-    return math.floor(Fraction(str(float(value))) * (total if value <= 1 else unit))
-
-
 def _shown(key: str, number: int) -> str:
-    return f"{number / _MICROSECONDS:.3f} ms" if key == "latency" else f"{number:,}"
+    return f"{number / MICROSECONDS:.3f} ms" if key == "latency" else f"{number:,}"
 
 
 def _optimal(gap: float) -> str:
-    return "no choice has less" if gap <= 1e-6 else f"another choice may have up to {gap:.1g} less"
+    return "no choice has less" if not gap else f"another choice may have up to {gap:.1g} less"
 
 
 def _out_of_reach(budget: Budget, limits: dict[str, int], least: dict[str, int], totals: dict[str, int]) -> str:

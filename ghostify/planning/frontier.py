@@ -16,8 +16,9 @@ from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
-from ghostify.planning.budget import KEYS, check_budget_options, original_costs, smallest, within_budget
+from ghostify.planning.budget import original_costs, smallest, why_kept, within_budget
 from ghostify.planning.goal import Goal
+from ghostify.planning.limits import KEYS, absolute, check_limit
 from ghostify.planning.planner import (  # fmt: skip
     Override,
     check_patterns,
@@ -69,7 +70,7 @@ class Frontier:
         rows = [
             [
                 f"{100 * fraction:.1f} %",
-                f"{damage:.4f}",
+                f"{damage:.4g}",
                 len(plan.replaced),
                 f"{plan.macs_after:,}",
                 f"{plan.params_after:,}",
@@ -105,7 +106,7 @@ def frontier(
     model: nn.Module,
     *,
     key: str = "macs",
-    points: int | Sequence[float] = 10,
+    points: int | Sequence[float | str] = 10,
     calibration: Calibration | None = None,
     backend: Backend | str | None = None,
     sensitivity: str = "explained",
@@ -121,7 +122,8 @@ def frontier(
     Args:
         model: The trained network.
         key: What is limited: ``macs``, ``params``, ``size_bytes`` or ``latency``.
-        points: Budgets as fractions of the original; or how many, evenly spread from the smallest that can be reached.
+        points: Limits as [plan][ghostify.plan] takes them, such as fractions of the original; or how many, evenly
+            spread from the smallest that can be reached.
         calibration: A few hundred inputs; without, the weights alone tell what each ratio damages.
         backend: Measure every choice there, and replace no site where it does not pay; needed for ``latency``, where it
             is by default ``onnxruntime`` on one thread.
@@ -150,8 +152,8 @@ def frontier(
         raise OptionError(f"key={key!r} is unknown. Use one of {', '.join(KEYS)}.")
     chunks = calibration_chunks(calibration, model)
     _check_points(points)
-    for fraction in [0.5] if isinstance(points, int) else points:
-        check_budget_options({key: fraction}, None, None)
+    for limit in () if isinstance(points, int) else points:
+        check_limit(key, limit)
     default, patterns = chosen_spec(None, spec), skip_patterns(skip)
     chosen = override_specs(overrides, default)
     facts = trace(model, chunks[0] if example_inputs is None and chunks else example_inputs)
@@ -159,14 +161,19 @@ def frontier(
     goal = Goal.of(None, {key: 0.5}, backend, sensitivity, None, chunks)
     options = measured_options(facts, default, patterns, chosen, goal)
     table = timed_options(facts, options, goal)
+    total = original_costs(facts, table)[key]
+    budgets: list[float | str]
     if isinstance(points, int):
-        total, least = original_costs(facts, table)[key], smallest(options, facts, table)[key]
-        if least == total:
-            raise NothingToConvertError(f"No convolution of {type(model).__name__} can change: the plan says why.")
+        least = smallest(options, facts, table)[key]
+        if least >= total:
+            raise NothingToConvertError(
+                f"No convolution of {type(model).__name__} that may change saves {key}: the original has as little as "
+                f"any plan. {why_kept(options, facts, table)}"
+            )
         # As fractions: latency counts in microseconds. The half keeps rounding from asking for less than the least.
         budgets = [(int(limit) + 0.5) / total for limit in np.linspace(least, total, int(points), endpoint=False)]
     else:
-        budgets = sorted(points)
+        budgets = sorted(points, key=lambda limit: absolute(key, limit, total))
     found: dict[tuple[object, ...], FrontierPoint] = {}
     for budget in budgets:
         met = within_budget(options, {key: budget}, facts, table)
@@ -184,7 +191,7 @@ def _of_own_class(facts: Trace, decisions: list[Decision]) -> tuple[Trace, list[
     return facts.unlifted, [replace(made, site=sites[made.site.name]) for made in decisions if made.site.name in sites]
 
 
-def _check_points(points: int | Sequence[float]) -> None:
+def _check_points(points: int | Sequence[float | str]) -> None:
     """Raise OptionError unless they are a number of points, or some."""
     if isinstance(points, int):
         usable = not isinstance(points, bool) and points >= 1

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ghostify.backends.runners import Backend
+from ghostify.backends.runners import Backend, backend_installed
 from ghostify.errors import OptionError
-from ghostify.planning.budget import Budget, check_budget_options
 from ghostify.planning.keeping import check_keep_options
+from ghostify.planning.limits import Budget, check_budget_options
 from ghostify.tracing import Example
 
 _SENSITIVITIES = ("explained", "measured")
@@ -45,6 +45,7 @@ class Goal:
 
         Raises:
             OptionError: They contradict each other, or one cannot be used.
+            MissingExtraError: The backend is not installed.
         """
         if sensitivity not in _SENSITIVITIES:
             raise OptionError(f"sensitivity={sensitivity!r} is unknown. Use one of {', '.join(_SENSITIVITIES)}.")
@@ -58,4 +59,7 @@ class Goal:
             raise OptionError(f"backend={backend!r} is given without a budget. Pass one, such as {{'latency': 0.7}}.")
         elif keep is not None:
             check_keep_options(keep, ratio, chunks)
-        return Goal(keep, budget, None if backend is None else Backend.of(backend), sensitivity, chunks)
+        backend = None if backend is None else Backend.of(backend)
+        if backend is not None:
+            backend_installed(backend.name)  # before anything that takes minutes
+        return Goal(keep, budget, backend, sensitivity, chunks)

@@ -7,6 +7,7 @@ others would do: the divergence that it makes, for every unit of variance that i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ghostify.errors import InputsError
 from ghostify.measurements import keep, place_of, recall
 from ghostify.nn.layout import position_parents
 from ghostify.planning.choice import choose_layout
@@ -31,6 +33,8 @@ from ghostify.tracing import Example, Trace, unmarked
 _IMAGES = 64
 # Of Hinton et al. 2015, arXiv 1503.02531: the few images of which a network is not sure would decide alone.
 _TEMPERATURE = 4.0
+# Part of every key: what was measured in another way is not read.
+_METHOD = 1
 _ADAPTER = pydantic.TypeAdapter(dict[str, float])
 
 
@@ -40,14 +44,17 @@ def influences(facts: Trace, specs: Mapping[str, GhostSpec], chunks: list[Exampl
     Args:
         facts: The original with its facts.
         specs: By site the unit that is tried there.
-        chunks: Calibration inputs. What is found is kept under their fingerprint and that of the weights, site by
-            site: what was stopped goes on there.
+        chunks: Calibration inputs. What is found is kept under their fingerprint, that of the weights and that of the
+            answers, site by site: what was stopped goes on there.
+
+    Raises:
+        InputsError: The answers are not finite.
     """
     if not specs:
         return {}
     few = list(_first(chunks, _IMAGES))
     answers = [_answers(facts.model, example) for example in few]
-    file = place_of("influence", _fingerprint(facts.model, chunks, specs))
+    file = place_of("influence", _fingerprint(facts.model, chunks, specs, answers))
     found = recall(_ADAPTER, file) or {}
     sites = [site for site in facts.sites if site.name in specs and site.name not in found]
     some = next(iter(specs.values()))
@@ -60,6 +67,12 @@ def influences(facts: Trace, specs: Mapping[str, GhostSpec], chunks: list[Exampl
         with _hooked(facts.model.get_submodule(site.name), stand_in):
             made = [_answers(facts.model, example) for example in few]
         apart = sum(_divergence(new, old) for new, old in zip(made, answers, strict=True)) / len(few)
+        if not math.isfinite(apart):
+            raise InputsError(
+                f"The answers of {type(facts.model).__name__} on the calibration inputs are not finite, with "
+                f"{site.name} replaced or without, and cannot be compared. Pass sensitivity='explained', or other "
+                "inputs."
+            )
         found[site.name] = apart / max(lost, 1e-6)
         keep(_ADAPTER, found, file)
     return found
@@ -112,7 +125,8 @@ def _divergence(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     for new, old in zip(made, wanted, strict=True):
         if old.dim() == 2 and old.shape[1] > 1:
             a, b = ((scores.double() / _TEMPERATURE).log_softmax(1) for scores in (old, new))
-            total += max(0.0, float(F.kl_div(b, a, log_target=True, reduction="batchmean")))
+            # Of the tensor, as Python's max would take a NaN for 0.
+            total += float(F.kl_div(b, a, log_target=True, reduction="batchmean").clamp_min(0))
         else:
             total += float((new - old).square().sum() / old.square().sum().clamp_min(1e-12))
     return total
@@ -128,10 +142,14 @@ def _first(chunks: list[Example], images: int) -> Iterator[Example]:
         used += chunk.batch
 
 
-def _fingerprint(model: nn.Module, chunks: list[Example], specs: Mapping[str, GhostSpec]) -> bytes:
-    """A hash of weights, images and units."""
-    digest = hashlib.sha256(repr(sorted((name, str(spec)) for name, spec in specs.items())).encode())
-    for tensor in (*model.state_dict().values(), *(tensor for chunk in chunks for tensor in chunk.tensors())):
+def _fingerprint(
+    model: nn.Module, chunks: list[Example], specs: Mapping[str, GhostSpec], answers: list[list[Tensor]]
+) -> bytes:
+    """A hash of weights, images and units, and of the answers: they tell a changed forward from the old one."""
+    units = sorted((name, str(spec)) for name, spec in specs.items())
+    digest = hashlib.sha256(f"{_METHOD} {units} {list(model.state_dict())}".encode())
+    inputs = (tensor for chunk in chunks for tensor in chunk.tensors())
+    for tensor in (*model.state_dict().values(), *inputs, *(leaf for made in answers for leaf in made)):
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.digest()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ghostify.errors import OptionError
+from ghostify.errors import InputsError, OptionError
 from ghostify.planning.choice import choose_layout
 from ghostify.planning.explained import kept_share, site_shares
 from ghostify.planning.white import white_shares
@@ -43,18 +43,30 @@ def measured(
 
     Returns:
         For every site the ratios that are possible, with ``explained``; one decision without it where nothing is open.
+
+    Raises:
+        InputsError: Weights or inputs hold numbers that are not finite.
     """
     open_sites = [some[0].site for some in options if len(some) > 1 and any(option.replaced for option in some)]
     if chunks:
         shares = {site.name: explained for site, explained in site_shares(facts, open_sites, spec, chunks)}
     else:
         shares = {site.name: white_shares(facts, site) for site in open_sites}
-    return [
-        [_with_share(option, shares[option.site.name]) for option in some if option.replaced]
-        if some[0].site.name in shares
-        else [some[0]]
-        for some in options
-    ]
+    for name, explained in shares.items():
+        if not explained.isfinite().all():
+            raise InputsError(
+                f"What {name} of {type(facts.model).__name__} makes is not finite: its weights"
+                f"{' or the calibration inputs' if chunks else ''} hold NaN or infinite numbers. Load sound ones."
+            )
+    unseen = {site.name for site in open_sites} - shares.keys()
+    found = []
+    for some in options:
+        name = some[0].site.name
+        if name in shares:
+            found.append([_with_share(option, shares[name]) for option in some if option.replaced])
+        else:
+            found.append([_as_it_is(some[0], "not reached by the calibration inputs") if name in unseen else some[0]])
+    return found
 
 
 def with_ratios(options: Sequence[Sequence[Decision]], keep: float) -> list[Decision]:
@@ -75,12 +87,16 @@ def kept(some: Sequence[Decision]) -> Decision:
     """The decision to leave a site as it is, though some ratios are possible: told is what the best of them keeps."""
     nearest = max(some, key=lambda option: option.explained or 0.0)
     assert nearest.spec is not None  # they are ratios
+    return _as_it_is(nearest, f"would keep {nearest.explained:.1%} at ratio {nearest.spec.ratio:g}".replace("%", " %"))
+
+
+def _as_it_is(made: Decision, reason: str) -> Decision:
     return replace(
-        nearest,
+        made,
         spec=None,
-        reason=f"would keep {nearest.explained:.1%} at ratio {nearest.spec.ratio:g}".replace("%", " %"),
-        params_after=nearest.params_before,
-        macs_after=nearest.macs_before,
+        reason=reason,
+        params_after=made.params_before,
+        macs_after=made.macs_before,
         explained=None,
         damage=None,
     )

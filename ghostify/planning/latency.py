@@ -170,6 +170,8 @@ def latency_table(facts: Trace, choices: Mapping[str, Sequence[GhostSpec]], back
         if key not in measured:
             file = place_of("latency", key)
             known = recall(_ADAPTER, file)
+            if known is not None and known.savings.keys() != set(map(str, specs)):
+                known = None  # a file that something else has changed
             measured[key] = known or _measured(layer, specs, backend, device, batch)
             if known is None:
                 keep(_ADAPTER, measured[key], file)
@@ -216,5 +218,5 @@ def _reference(device: torch.device) -> Run:
 
 
 def _versions(backend: Backend) -> str:
-    package = require("onnxruntime" if backend.name == "onnxruntime" else "torch", extra="onnx")
-    return f"{package.__name__} {package.__version__}, method {_METHOD}"
+    runtime = f"onnxruntime {require('onnxruntime', extra='onnx').__version__}, " if backend.folds else ""
+    return f"{runtime}torch {torch.__version__}, method {_METHOD}"  # torch writes what the runtime runs

@@ -64,6 +64,7 @@ class Layer:
         """All that its time depends on: layers with the same one are timed once."""
         call, calls = self.site.calls[0], len(self.site.calls)
         kinds = [repr(self.conv), str(tuple(self.conv.weight.shape)), str(self.conv.weight.dtype)]
+        kinds += [str(self.conv.weight.stride())]  # channels last or not
         kinds += [repr(self.norm), repr(self.activation)]
         return " | ".join([*kinds, str(self.follower.own), str(self.follower.adds), str(call), str(calls)])
 

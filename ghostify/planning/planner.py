@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -13,15 +12,16 @@ from torch import nn
 
 from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError, PatternError
-from ghostify.planning.budget import Budget, within_budget
+from ghostify.planning.budget import within_budget
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
 from ghostify.planning.goal import Goal
 from ghostify.planning.influence import influences
 from ghostify.planning.keeping import RATIOS, measured, with_ratios
 from ghostify.planning.latency import LatencyTable, latency_table
 from ghostify.planning.layers import aligned, distinct
+from ghostify.planning.limits import Budget
 from ghostify.planning.orders import with_orders
-from ghostify.planning.rules import HABITS, OBSTACLES, saves_nothing
+from ghostify.planning.rules import HABITS, OBSTACLES, reasons_told, saves_nothing
 from ghostify.spec import Decision, GhostSpec, Plan, Site
 from ghostify.tracing import ExampleInputs, Trace, fingerprint, trace
 from ghostify.tracing.calibration import Calibration, calibration_chunks
@@ -61,9 +61,10 @@ def plan(
             so much of its output's variance can still be expressed, 0 to 1; or it stays as it is.
         budget: In place of a ratio: what may be left of ``macs``, ``params``, ``size_bytes`` (the parameters in
             bytes of their dtypes, without buffers) and ``latency`` of the whole model: up to 1 a fraction of the
-            original, above 1 a whole number, or milliseconds for the batch of the example inputs. All that are given
-            must hold. Every site stays or gets one of the ratios of ``keep``, so that the shares of variance that the
-            sites lose are least in sum. This is an estimate: it looks at each layer alone.
+            original, above 1 a whole number, or milliseconds for the batch of the example inputs; or with its unit,
+            ``"0.8 ms"`` or ``"50 %"``. All that are given must hold. Every site stays or gets one of the ratios of
+            ``keep``, so that the shares of variance that the sites lose are least in sum. This is an estimate: it looks
+            at each layer alone.
         backend: With ``budget``: measure every choice there, and replace no site where it does not pay; a
             [Backend][ghostify.Backend] or its name. By default ``onnxruntime`` on one thread if latency is limited.
         sensitivity: With ``budget``: what a site's loss counts. ``explained``: the share of variance, everywhere alike.
@@ -133,10 +134,9 @@ def plan_traced(
     if facts.unlifted is not None and not any(decision.site.name in facts.lifted for decision in made.replaced):
         made = _decided(facts.unlifted, default, skip, overrides, goal)  # the model can stay of its own class
     if not made.replaced:
-        reasons = Counter(decision.reason for decision in made)
         raise NothingToConvertError(
             f"No convolution of {made.model} is left to replace: "
-            f"{', '.join(f'{reason} ({count})' for reason, count in reasons.most_common(5))}. "
+            f"{reasons_told(made)}. "
             "An override such as overrides={'NAME': 2} outranks a skip and the habits (first layer, output layer)."
         )
     return made

@@ -7,11 +7,13 @@ or pointless. ``HABITS`` are what experience recommends; naming the site in ``ov
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
-from ghostify.spec import GhostSpec, Site
+from ghostify.spec import Decision, GhostSpec, Site
 
+_MOST_TOLD = 5
 Rule = Callable[[Site], str]
 
 
@@ -66,3 +68,9 @@ def saves_nothing(site: Site, spec: GhostSpec, macs: int | None = None) -> str:
     if ghost_macs(site, spec) >= macs:
         return f"too small to pay: {macs:,} MACs would become {ghost_macs(site, spec):,}"
     return ""
+
+
+def reasons_told(decisions: Iterable[Decision]) -> str:
+    """The reasons that most sites are kept for, each with their number."""
+    counted = Counter(made.reason for made in decisions if not made.replaced)
+    return ", ".join(f"{reason} ({count})" for reason, count in counted.most_common(_MOST_TOLD))

@@ -76,11 +76,12 @@ def compare(
                 remarks.append(f"Accuracy is left out: {reason}, and accuracy needs class scores (n, classes).")
         timed = None
         if latency is not None:
-            forecast = None if plan is None or plan.input_shapes != example.shapes else plan.latency
+            forecast = None if plan is None else plan.latency
             if forecast is not None and latency.backend is None and not latency.channels_last:
-                latency = dataclasses.replace(latency, backend=Backend(forecast.backend, forecast.threads))
+                latency = dataclasses.replace(latency, backend=_backend_of(forecast))
             timed = measure_latency(original, compressed, example_inputs=example, options=latency)
-            remarks += _remarks_on_forecast(forecast, timed, latency)
+            if plan is not None and forecast is not None and latency.backend == _backend_of(forecast):
+                remarks.append(_remark_on_forecast(forecast, timed, plan.input_shapes, example.shapes))
     return Report(
         original=before,
         compressed=after,
@@ -141,13 +142,22 @@ def _remarks_on_counts(before: ModelNumbers, after: ModelNumbers, plan: Plan | N
             )
 
 
-def _remarks_on_forecast(forecast: Forecast | None, timed: Latency, latency: LatencyOptions) -> Iterator[str]:
+def _backend_of(forecast: Forecast) -> Backend:
+    return Backend(forecast.backend, forecast.threads)
+
+
+def _remark_on_forecast(
+    forecast: Forecast, timed: Latency, planned: tuple[tuple[int, ...], ...], given: tuple[tuple[int, ...], ...]
+) -> str:
     """What was expected when the plan was made, beside what was measured."""
-    if forecast is not None and latency.backend == Backend(forecast.backend, forecast.threads):
-        yield (
-            f"Latency was planned: {forecast.left:.3f} of the original was expected ({forecast.original_ms:.2f} → "
-            f"{forecast.converted_ms:.2f} ms, layers timed one by one), {1 / timed.ratio:.3f} is measured."
-        )
+    elsewhere = "" if timed.backend.endswith(f", {forecast.device}") else f" on {forecast.device}"
+    if planned != given:
+        elsewhere += f" for inputs of shape {_shapes(planned)}"
+    return (
+        f"Latency was planned{elsewhere}: {forecast.left:.3f} of the original was expected ("
+        f"{forecast.original_ms:.2f} → {forecast.converted_ms:.2f} ms, layers timed one by one), "
+        f"{1 / timed.ratio:.3f} is measured{' here' if elsewhere else ''}."
+    )
 
 
 def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:

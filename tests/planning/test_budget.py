@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import re
 import sys
 
@@ -22,6 +23,7 @@ from ghostify.nn.cifar import CifarResNet
 from ghostify.planning import budget, frontier, planner
 from ghostify.planning.budget import least_damage
 from ghostify.planning.keeping import RATIOS
+from ghostify.planning.limits import absolute
 from ghostify.tracing import trace
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -48,9 +50,10 @@ def knapsacks(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(knapsacks())
-def test_the_choice_is_the_best_of_all(problem):
+@given(knapsacks(), st.sampled_from([1.0, 1e-9, 1e9]))
+def test_the_choice_is_the_best_of_all(problem, unit):
     damages, changes, limits = problem
+    damages = [[unit * damage for damage in some] for some in damages]
 
     def fits(choice):
         sums = [sum(some[i][k] for some, i in zip(changes, choice)) for k in range(len(limits))]
@@ -66,8 +69,18 @@ def test_the_choice_is_the_best_of_all(problem):
     else:
         choice, gap = found
         assert fits(choice)
-        assert damage(choice) == pytest.approx(best, abs=1e-6)
-        assert gap <= 1e-6
+        assert damage(choice) == pytest.approx(best, abs=1e-6 * unit)
+        assert gap == 0
+
+
+def test_small_damages_are_told_apart():
+    """Measured at the network's output they can be of 1e-9; the solver took all choices for equal."""
+    generator = random.Random(1)
+    damages = [[0.0, *sorted(generator.random() for _ in range(6))] for _ in range(20)]
+    changes = [[[0], *([-int(1e6 * ratio * generator.random())] for ratio in range(1, 7))] for _ in range(20)]
+    limits = [sum(min(change[0] for change in some) for some in changes) // 2]
+    wanted = least_damage(damages, changes, limits)
+    assert least_damage([[1e-9 * damage for damage in some] for some in damages], changes, limits) == wanted
 
 
 def test_a_limit_holds_to_the_last_unit():
@@ -102,7 +115,7 @@ def test_every_limit_is_met_from_below_and_told(limits):
     assert len(plan.budget) == len(limits) + 1
     assert f"{next(iter(limits))} " in plan.summary()
     damage = sum(1 - d.explained for d in plan.replaced)
-    assert f"damage {damage:.4f}" in plan.budget[-1]
+    assert f"damage {damage:.4g}" in plan.budget[-1]
     assert "no choice has less" in plan.budget[-1]
     assert {d.spec.ratio for d in plan.replaced} <= set(RATIOS)
 
@@ -183,7 +196,10 @@ def test_overrides_and_skip_stay_in_force():
         ({"budget": {"macs": 0}, "calibration": IMAGES}, "'macs': 0} is no finite number above 0"),
         ({"budget": {"macs": float("nan")}, "calibration": IMAGES}, "is no finite number"),
         ({"budget": {"macs": True}, "calibration": IMAGES}, "is no finite number"),
-        ({"budget": {"macs": "0.5"}, "calibration": IMAGES}, "is no finite number"),
+        ({"budget": {"macs": "0.5"}, "calibration": IMAGES}, "'macs': '0.5'} is no number above 0 with a unit"),
+        ({"budget": {"macs": "0 %"}, "calibration": IMAGES}, "is no number above 0 with a unit"),
+        ({"budget": {"latency": "-1 ms"}, "calibration": IMAGES}, "is no number above 0 with a unit"),
+        ({"budget": {"macs": "5 ms"}, "calibration": IMAGES}, "'macs': '5 ms'} is a time"),
         ({"budget": {"macs": 1.5}, "calibration": IMAGES}, "'macs': 1.5} is neither a fraction"),
         ({"budget": {}, "calibration": IMAGES}, "is not a dict of limits"),
         ({"budget": 0.5, "calibration": IMAGES}, "budget=0.5 is not a dict"),
@@ -293,7 +309,9 @@ def test_ties_are_broken_alike():
     ("arguments", "status", "told"),
     [
         (["--budget", "macs=0.9", "--budget", "params=0.95", "--calibration", "digits"], 0, "params "),
-        (["--budget", "macs", "--calibration", "digits"], 1, "budget='macs' is not KEY=NUMBER"),
+        (["--budget", "macs=90%", "--budget", "params=95 %", "--input-shape", "1,8,8"], 0, "params "),
+        (["--budget", "macs", "--calibration", "digits"], 1, "budget='macs' is not KEY=VALUE"),
+        (["--budget", "macs=half", "--input-shape", "1,8,8"], 1, "'half'} is no number above 0 with a unit"),
         (["--budget", "macs=0.9", "--input-shape", "1,8,8"], 0, "macs "),
         (["--threads", "2", "--input-shape", "1,8,8"], 1, "threads=2 is given without a backend"),
     ],
@@ -319,9 +337,21 @@ def test_the_command_takes_budgets(command, arguments, status, told, tmp_path, m
 
 
 def test_a_fraction_is_meant_in_decimals():
-    assert budget._absolute("macs", 0.29, 100) == 29
-    assert budget._absolute("macs", 1e-9, 100) == 0
-    assert budget._absolute("macs", 2e6, 100) == 2_000_000
+    assert absolute("macs", 0.29, 100) == 29
+    assert absolute("macs", 1e-9, 100) == 0
+    assert absolute("macs", 2e6, 100) == 2_000_000
+    assert absolute("macs", 10**400, 100) == 10**400
+
+
+def test_a_unit_says_what_a_number_is():
+    assert absolute("latency", "0.8 ms", 5_000) == 800
+    assert absolute("latency", "12.5ms", 5_000) == 12_500
+    assert absolute("macs", "29%", 100) == 29
+    assert absolute("latency", ".5 %", 5_000) == 25
+    assert planned({"macs": "70 %"}).decisions == planned({"macs": 0.7}).decisions
+    assert [p.fraction for p in frontier(net(), points=["90 %", 0.5], calibration=IMAGES)] == sorted(
+        planned({"macs": limit}).macs_after / planned({"macs": limit}).macs for limit in (0.9, 0.5)
+    )
 
 
 def test_the_frontier_is_drawn(tmp_path):

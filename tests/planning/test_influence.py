@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ghostify
-from ghostify.errors import NothingToConvertError, OptionError
+from ghostify.errors import InputsError, NothingToConvertError, OptionError
 from ghostify.measurements import recall
 from ghostify.planning import influence
 from ghostify.planning.influence import influences
@@ -73,7 +73,7 @@ def test_the_budget_spares_what_matters():
 def test_damages_are_told_and_summed():
     plan = ghostify.plan(TwoWays(), budget={"macs": 0.8}, calibration=IMAGES, sensitivity="measured")
     assert all(made.damage >= 0 for made in plan.replaced)
-    assert f"damage {sum(made.damage for made in plan.replaced):.4f}" in plan.budget[-1]
+    assert f"damage {sum(made.damage for made in plan.replaced):.4g}: " in plan.budget[-1]
     assert ghostify.Plan.from_json(plan.to_json()) == plan
 
 
@@ -97,6 +97,20 @@ def test_what_was_found_is_kept_and_goes_on_where_it_stopped(monkeypatch, cache)
     model.head.weight.data.mul_(2)
     assert measured(model, loud=2, quiet=2) != first  # other weights
     assert len(list((cache / "influence").iterdir())) == 3
+
+
+def test_another_forward_with_the_same_weights_is_measured_anew(monkeypatch):
+    first, other = measured(TwoWays(), loud=2, quiet=2), TwoWays()
+    monkeypatch.setattr(other, "forward", lambda x: TwoWays.forward(other, x.flip(1)))
+    assert measured(other, loud=2, quiet=2) != first
+
+
+def test_answers_that_are_no_numbers_are_told():
+    """A class that is ruled out by a score of minus infinity made every damage 0."""
+    model = TwoWays()
+    model.head.bias.data[0] = -torch.inf
+    with pytest.raises(InputsError, match=r"answers of TwoWays .* not finite, with loud .*sensitivity='explained'"):
+        measured(model, loud=2, quiet=2)
 
 
 def test_maps_that_are_no_class_scores_are_compared_too():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ghostify
-from ghostify.errors import NothingToConvertError, OptionError
+from ghostify.errors import InputsError, NothingToConvertError, OptionError
 from ghostify.nn.cifar import resnet20
 from ghostify.planning import explained
 from ghostify.planning.choice import choose_layout
@@ -127,3 +127,31 @@ def test_convert_keeps_too():
 def test_sites_of_which_little_is_left_are_warned_of():
     with pytest.warns(UserWarning, match=r"1 of 2 Ghost units start with more than 50% .* missed: unlike \(\d+%\)"):
         ghostify.convert(made(), ratio=4, calibration=IMAGES, overrides={"copies": 2}, initialiser="least-squares")
+
+
+class Sometimes(nn.Module):
+    """Runs its second layer on small batches alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(n, 16, 3, padding=1) for n in (3, 16, 16))
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        y = self.one(self.stem(x))
+        return self.head((self.two(y) if len(x) < 4 else y).mean((2, 3)))
+
+
+def test_a_layer_that_the_calibration_inputs_do_not_reach_stays():
+    images = torch.randn(8, 3, 8, 8)
+    plan = ghostify.plan(Sometimes(), keep=0.01, calibration=images, example_inputs=images[:1])
+    two = next(made for made in plan if made.site.name == "two")
+    assert (two.spec, two.reason) == (None, "not reached by the calibration inputs")
+
+
+@pytest.mark.parametrize("options", [{"budget": {"macs": 0.7}}, {"keep": 0.5, "calibration": torch.randn(8, 3, 8, 8)}])
+def test_weights_that_are_no_numbers_are_told(options):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 2))
+    model[1].weight.data[0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputsError, match=r"What 1 of Sequential makes is not finite: its weights .*hold NaN"):
+        ghostify.plan(model, example_inputs=torch.zeros(1, 3, 8, 8), **options)

@@ -3,6 +3,8 @@
 Times are made up where a rule is tested: a runner that takes as long as a table says.
 """
 
+import dataclasses
+import functools
 import json
 import math
 import sys
@@ -16,16 +18,16 @@ from torch import nn
 import ghostify
 from ghostify.backends import runners
 from ghostify.backends.runners import Backend
-from ghostify.backends.timing import Effort, interleaved
+from ghostify.backends.timing import Effort, has_own_clock, interleaved
 from ghostify.cli import main
-from ghostify.errors import BudgetError, NothingToConvertError, OptionError
+from ghostify.errors import BudgetError, MissingExtraError, NothingToConvertError, OptionError
 from ghostify.nn.cifar import CifarResNet
 from ghostify.nn.folded import FoldedGhost
 from ghostify.nn.ghost import GhostConv
-from ghostify.planning import latency
+from ghostify.planning import latency, planner
 from ghostify.planning.layers import Layer, aligned
 from ghostify.spec import GhostSpec, Plan
-from ghostify.tracing import trace
+from ghostify.tracing import Example, trace
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -96,6 +98,11 @@ def test_milliseconds_are_a_limit_too(monkeypatch):
     Clock(monkeypatch, by_share)
     assert planned(8.5).latency == planned(0.85).latency
     assert planned(8.5).replaced == planned(0.85).replaced
+    assert planned("8.5 ms") == planned(8.5)
+    with pytest.raises(BudgetError, match=r"'0.85 ms'} cannot be met"):  # of 10 ms; 0.85 is a fraction
+        planned("0.85 ms")
+    with pytest.raises(NothingToConvertError, match=r"'0.8 ms' for milliseconds"):
+        planned(1)
 
 
 def test_a_site_that_does_not_pay_is_never_replaced(monkeypatch):
@@ -129,6 +136,37 @@ def test_a_latency_out_of_reach_names_the_least(monkeypatch):
         planned(1.0)
 
 
+def test_where_nothing_pays_it_is_told_why(monkeypatch):
+    Clock(monkeypatch, lambda unit: 1.5)
+    with pytest.raises(BudgetError, match=r"no layer that may change saves any\. Kept are: .*no ratio pays on onnx"):
+        planned(0.9)
+    with pytest.raises(NothingToConvertError, match=r"that may change saves latency.*no ratio pays on onnxruntime"):
+        ghostify.frontier(net(), key="latency", points=3, example_inputs=X)
+
+
+def test_overrides_that_cost_more_than_all_else_saves_leave_no_curve(monkeypatch):
+    """Fractions above 1 would have been read as milliseconds."""
+    Clock(monkeypatch, lambda unit: 1.5)
+    with pytest.raises(NothingToConvertError, match=r"saves latency: the original has as little as any plan"):
+        ghostify.frontier(net(), key="latency", points=3, example_inputs=X, overrides={"layer1.*": 2})
+
+
+def test_a_forecast_of_nothing_is_printed(monkeypatch):
+    """Layers that take more alone than the network as a whole."""
+    Clock(monkeypatch, lambda unit: -9.0)
+    plan = planned(0.1)
+    assert plan.latency.converted_ms == 0
+    assert "10.00 → 0.00 ± " in plan.summary()
+    assert "no telling how fast" in plan.summary()
+
+
+def test_a_backend_that_is_missing_is_told_before_anything_is_measured(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(planner, "measured", lambda *options: pytest.fail("measured first"))
+    with pytest.raises(MissingExtraError, match="module='onnxruntime'"):
+        planned(0.9)
+
+
 def test_an_index_counts_where_one_is_needed(monkeypatch):
     """Layers that write one residual stream with different ratios cannot all have their own order."""
     Clock(monkeypatch, by_share)
@@ -145,14 +183,14 @@ def test_an_index_counts_where_one_is_needed(monkeypatch):
     assert saved[0] - saved[1] == pytest.approx(0.1)
 
 
-def test_layers_that_were_measured_on_a_slow_machine_are_scaled(monkeypatch):
+def test_layers_that_were_measured_on_a_slow_machine_are_scaled(monkeypatch, cache):
     clock = Clock(monkeypatch, by_share)
     calm = planned(0.85)
     times = clock.times
     monkeypatch.setattr(
         latency, "interleaved", lambda runs, *rest, **more: times(runs, *rest, **more) * (3 if len(runs) > 2 else 1)
     )
-    monkeypatch.setenv("GHOSTIFY_CACHE", "elsewhere")
+    monkeypatch.setenv("GHOSTIFY_CACHE", str(cache / "elsewhere"))
     assert planned(0.85).latency == calm.latency
 
 
@@ -170,6 +208,20 @@ def test_alike_layers_are_timed_once_and_results_are_kept(monkeypatch, cache):
     next((cache / "latency").iterdir()).write_text("{broken")
     assert planned(0.85, blocks=2) == first
     assert not all(isinstance(module, CifarResNet) for module in clock.modules)
+    file = next((cache / "latency").iterdir())
+    kept = json.loads(file.read_text())
+    kept["savings"].popitem()
+    file.write_text(json.dumps(kept))
+    assert planned(0.85, blocks=2) == first
+
+
+def test_layers_in_another_memory_format_are_timed_anew(monkeypatch, cache):
+    Clock(monkeypatch, by_share)
+    planned(0.85)
+    different = len(list((cache / "latency").iterdir()))
+    other = net().to(memory_format=torch.channels_last)
+    ghostify.plan(other, budget={"latency": 0.85}, example_inputs=X)
+    assert len(list((cache / "latency").iterdir())) == 2 * different
 
 
 def test_several_budgets_hold_together(monkeypatch):
@@ -244,6 +296,24 @@ def test_backends_run_what_they_are_given(backend):
         torch.testing.assert_close(made, network(*example.args), rtol=1e-3, atol=1e-4)
 
 
+class Compiled(nn.Module):
+    """Tells whether it runs compiled: adds a number of its own then."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return x + self.number if torch.compiler.is_compiling() else x
+
+
+def test_every_choice_is_compiled(monkeypatch):
+    """torch compiles one forward for eight modules, and runs the ninth as it is."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    runs = runners.runs_of(Backend("torch-compile"), [Compiled(number) for number in range(1, 12)], Example((X,)))
+    assert [round(float((run() - X).mean())) for run in runs] == list(range(1, 12))
+
+
 def test_a_real_latency_is_planned_and_measured(capsys):
     pytest.importorskip("onnxruntime")
     model = CifarResNet(1, width=32).eval()
@@ -253,7 +323,14 @@ def test_a_real_latency_is_planned_and_measured(capsys):
     small = ghostify.apply(plan, model, example_inputs=x)
     report = ghostify.compare(model, small, example_inputs=x, latency=ghostify.LatencyOptions(repeats=5, seconds=1))
     assert report.latency.backend.startswith("onnxruntime")
-    assert any("Latency was planned" in remark and "is measured" in remark for remark in report.remarks)
+    assert any(remark.startswith("Latency was planned: ") and "is measured." in remark for remark in report.remarks)
+    elsewhere = dataclasses.replace(plan, latency=dataclasses.replace(plan.latency, device="Abacus"))
+    quick = ghostify.LatencyOptions(repeats=5, seconds=0.1)
+    report = ghostify.compare(model, small, plan=elsewhere, example_inputs=torch.cat([x, x]), latency=quick)
+    assert report.latency.backend.startswith("onnxruntime")
+    (told,) = (remark for remark in report.remarks if remark.startswith("Latency was planned"))
+    assert told.startswith("Latency was planned on Abacus for inputs of shape 1×3×32×32: ")
+    assert told.endswith("is measured here.")
 
 
 @pytest.mark.parametrize(
@@ -307,6 +384,12 @@ def test_one_thread_has_a_clock_of_its_own():
         interleaved([lambda: time.sleep(0.02)], effort, torch.device("cpu"), threads=threads) for threads in (1, 2)
     ]
     assert np.median(times[0]) < 10 < np.median(times[1])
+
+
+def test_the_clock_of_a_thread_is_too_coarse_on_windows(monkeypatch):
+    assert has_own_clock(torch.device("cpu"), 1)
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    assert not has_own_clock(torch.device("cpu"), 1)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_alone(monkeypatch, tmp_path):
