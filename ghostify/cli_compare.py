@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from ghostify.cli_options import (
     stored,
     trained,
 )
-from ghostify.deployment import DeployedForms, FormsConfig, QuantisationConfig, compare_deployed, load
+from ghostify.deployment import DeployedForms, FormsConfig, compare_deployed, load
 from ghostify.distillation import Splits, load_data
 from ghostify.distillation.history import read_history
 from ghostify.errors import InputsError, OptionError
@@ -78,7 +79,7 @@ def compare_command(
         pruning="pruning" in wanted,
         threads=threads,
         folder=onnx,
-        quantisation=QuantisationConfig(images=images, agreement=0.0),
+        quantisation=replace(FormsConfig().quantisation, images=images),
     )
     forms = _deployed(original, small, example, splits, config) if wanted else None
     if as_json:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
@@ -59,6 +60,8 @@ def fold(model: nn.Module, *, example_inputs: ExampleInputs | Example) -> nn.Mod
     require_module(model, "model")
     model = unwrapped(model)  # the plan knows the names inside torch's wrappers
     example = Example.of(example_inputs)
+    if not any(isinstance(part, _ConvNd) for part in model.modules()):
+        return copy.deepcopy(model, copier_memo(model)).eval()  # there is nothing to fold
     facts = trace(model, example, lift=False)
     plan = getattr(model, "ghostify_plan", None)
     sites = tuple(decision.site for decision in plan) if isinstance(plan, Plan) else facts.sites

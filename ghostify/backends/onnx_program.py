@@ -19,6 +19,8 @@ from ghostify.tracing.example import Example, evaluating
 
 # Names of the dynamic sides of a map, by the number of its dimensions.
 SIDES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
+# A dot is in no name that the exporter invents, and no parameter is called by two numbers.
+_PLACEHOLDER = "output.{}.of.{}"
 _NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir")
 
 
@@ -28,8 +30,8 @@ def onnx_program(
     """Trace a model into an ``onnx.ModelProto``.
 
     A single input is named ``input``; several have the names of the forward's arguments. Outputs are named by
-    [named_outputs][ghostify.backends.onnx_program.named_outputs]. So a model and its Ghost network, and every
-    later export of either, have the same names.
+    [named_outputs][ghostify.backends.onnx_program.named_outputs], with ``output_`` before what is the name of an
+    input. So a model and its Ghost network, and every later export of either, have the same names.
 
     Args:
         plain: In float32 on the CPU; left as it was.
@@ -55,19 +57,24 @@ def onnx_program(
     by_parameter = inspect.signature(plain.forward).bind(*traced.args, **traced.kwargs).arguments
     try:
         with evaluating(plain), torch.no_grad(), torch.random.fork_rng(devices=[]), _quiet():
-            outputs = named_outputs(plain(*traced.args, **traced.kwargs))
+            returned = plain(*traced.args, **traced.kwargs)
+            _check_returned(returned, name)
+            names = list(named_outputs(returned))
             program = torch.onnx.export(
                 plain,
-                traced.args,
+                # An empty dictionary at the end, or the exporter takes a last argument that is one for keywords.
+                traced.args if traced.kwargs else (*traced.args, {}),
                 kwargs=traced.kwargs,
                 dynamo=True,
                 dynamic_shapes=tree_map(dynamic, dict(by_parameter)),
                 input_names=["input"] if len(traced.tensors()) == 1 else None,
-                output_names=list(outputs),
+                output_names=[_PLACEHOLDER.format(place, len(names)) for place in range(len(names))],
                 opset_version=opset,
                 external_data=False,
                 verbose=False,
             )
+    except ExportError:
+        raise
     except Exception as error:  # the exporter's errors have no common class that is public
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -81,8 +88,54 @@ def onnx_program(
             f"above says where.{advice}"
         ) from error
     proto = program.model_proto  # type: ignore[union-attr]  # None only from the exporter of old
+    _name_outputs(proto.graph, names)
     _count_axes_from_the_front(proto.graph)
     return proto
+
+
+def _check_returned(returned: Any, name: str) -> None:
+    for place, leaf in tree_flatten_with_path(returned)[0]:
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise ExportError(
+                f"{name} returns a value of type {type(leaf).__name__}, at {keystr(place) or 'the top'}: a file holds "
+                "tensors alone. Wrap the model in one that returns its tensors, or None in the place of other values."
+            )
+
+
+def _name_outputs(graph: Any, names: Sequence[str]) -> None:
+    """Give the outputs their names; a value inside that has one of them, as in ``mean``, gives way."""
+    inputs = {entry.name for entry in graph.input}
+    graphs = list(_graphs(graph))
+    taken = {name for part in graphs for node in part.node for name in node.output}
+    taken |= {entry.name for part in graphs for entry in part.initializer} | inputs
+    new: dict[str, str] = {}
+    for place, name in enumerate(names):
+        given = _free(f"output_{name}" if name in inputs else name, inputs | set(new.values()))
+        new[_PLACEHOLDER.format(place, len(names))] = given
+    outputs = set(new.values())
+    for name in sorted(taken & outputs):
+        new[name] = _free(f"{name}_inside", taken | outputs)
+    for part in graphs:
+        for entry in (*part.initializer, *part.value_info, *part.output):
+            entry.name = new.get(entry.name, entry.name)
+        for node in part.node:
+            node.input[:] = [new.get(name, name) for name in node.input]
+            node.output[:] = [new.get(name, name) for name in node.output]
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """A graph and those inside its nodes, which see its values."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
 
 
 def _count_axes_from_the_front(graph: Any) -> None:
@@ -99,11 +152,12 @@ def named_outputs(outputs: Any) -> dict[str, Tensor]:
     """Every tensor of an output by its place in it: ``output``, ``output_1``, or the keys of a dict."""
     leaves, _ = tree_flatten_with_path(outputs)
     root = [] if isinstance(outputs, Mapping) else ["output"]
-    return {
-        "_".join([*root, *re.findall(r"\w+", keystr(place))]): leaf
-        for place, leaf in leaves
-        if isinstance(leaf, Tensor)
-    }
+    named: dict[str, Tensor] = {}
+    for place, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            # Keys such as "a-b" and "a_b" are two outputs.
+            named[_free("_".join([*root, *re.findall(r"\w+", keystr(place))]), set(named))] = leaf
+    return named
 
 
 def with_batch(example: Example, batch: int, generator: torch.Generator | None = None) -> Example:

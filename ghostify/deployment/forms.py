@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ghostify.backends.timing import Effort, Times, interleaved
 from ghostify.deployment.onnx_export import export_onnx
 from ghostify.deployment.onnx_notes import read_onnx
 from ghostify.deployment.pruning import pruned
-from ghostify.deployment.quantisation import QuantisationConfig, quantise_onnx
+from ghostify.deployment.quantisation import UNGATED, QuantisationConfig, quantise_onnx
 from ghostify.distillation.batches import check_labels
 from ghostify.errors import InputsError, OptionError
 from ghostify.extras import require
@@ -46,7 +46,7 @@ class FormsConfig:
         repeats: Timed rounds at most; one round runs every form once.
         seconds: Timed rounds stop early after this time, not before ten of them.
         folder: Keep the ONNX files there, named after their forms; by default none is kept.
-        quantisation: How 8 bits are reached. Agreement is told, so none is asked for by default.
+        quantisation: How 8 bits are reached. How far they are off is told, so nothing is asked for by default.
 
     Raises:
         OptionError: A value is outside its range.
@@ -58,7 +58,7 @@ class FormsConfig:
     repeats: int = 100
     seconds: float = 20.0
     folder: str | os.PathLike[str] | None = None
-    quantisation: QuantisationConfig = field(default_factory=lambda: QuantisationConfig(agreement=0.0))
+    quantisation: QuantisationConfig = UNGATED
 
     def __post_init__(self) -> None:
         Backend(threads=self.threads)  # which checks them

@@ -33,7 +33,8 @@ class BatchCheck:
         batch: Examples in the batch; of ``data`` all together.
         source: ``random``, that with another size, ``example`` or ``data``.
         absolute: Largest absolute difference over all outputs.
-        relative: Largest difference of an output tensor divided by the largest value in it.
+        relative: Largest difference of an output tensor divided by the largest value in it; of whole numbers, such
+            as classes, the share that differs.
         top1: Share of examples with the same highest score, in ``[0, 1]``; ``None`` where the first
             output is no table of scores ``(n, classes)``.
     """
@@ -221,14 +222,21 @@ def compare_batch(session: Any, reference: nn.Module, source: str, inputs: Examp
                 f"Output {name!r} of the exported file has shape {found.shape}, the model's {wanted.shape}, on "
                 f"{where}: the batch or the size is not dynamic there."
             )
-        difference = _largest_difference(wanted, found)
-        scale = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0))
-        absolute = max(absolute, difference)
-        relative = max(relative, difference / scale if scale > 0 else difference)
+        parting = _parting(wanted, found)
+        absolute, relative = max(absolute, parting[0]), max(relative, parting[1])
     first, found = next(iter(expected.values())), outputs[0]
     scores = first.ndim == 2 and first.shape[1] > 1
     top1 = float((first.argmax(1) == found.argmax(1)).mean()) if scores else None
     return BatchCheck(inputs.batch, source, absolute, relative, top1)
+
+
+def _parting(wanted: NDArray[Any], found: NDArray[Any]) -> tuple[float, float]:
+    """Absolute and relative, as `BatchCheck` defines them."""
+    difference = _largest_difference(wanted, found)
+    if wanted.dtype.kind in "biu":
+        return difference, float((wanted != found).mean()) if wanted.size else 0.0
+    scale = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0))
+    return difference, difference / scale if scale > 0 else difference
 
 
 def _largest_difference(wanted: NDArray[Any], found: NDArray[Any]) -> float:

@@ -38,6 +38,8 @@ from ghostify.tracing.example import Example
 RANGES = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 # There is no 8-bit kernel for a norm: quantised it would lose precision, and be computed in floats all the same.
 _IN_FLOATS = ("BatchNormalization",)
+# The first operator set in which a tensor may have several scales.
+_OPSET = 13
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class QuantisationConfig:
         reduce_range: Weights use 7 of their 8 bits. Processors without VNNI instructions, such as all with AVX2
             alone, add products in 16 bits, and full weights overflow there without notice.
         agreement: Least share of images to which floats and 8 bits must give the same class, in ``[0, 1]``; of the
-            ``data`` if there are any, else of the calibration images.
+            ``data`` if there are any, else of the calibration images. Told where the first output is class scores.
+        tolerance: Largest difference from the floats, as a share of the largest output; of networks whose outputs are
+            not class scores alone, such as maps. ``inf`` asks for none.
         batch_sizes: Batches of calibration images that are compared by themselves, because the batch is dynamic.
 
     Raises:
@@ -62,6 +66,7 @@ class QuantisationConfig:
     ranges: str = "minmax"
     reduce_range: bool = True
     agreement: float = 0.9
+    tolerance: float = 0.25
     batch_sizes: Sequence[int] = (1, 2, 5)
 
     def __post_init__(self) -> None:
@@ -71,8 +76,14 @@ class QuantisationConfig:
             raise OptionError(f"ranges={self.ranges!r} is unknown. Use one of {', '.join(RANGES)}.")
         if not 0 <= self.agreement <= 1:
             raise OptionError(f"agreement={self.agreement!r} is a share of the images: use a number like 0.9.")
+        if not self.tolerance > 0:
+            raise OptionError(f"tolerance={self.tolerance!r} is a share of the largest output: use a number like 0.25.")
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in self.batch_sizes):
             raise OptionError(f"batch_sizes={self.batch_sizes!r} must be whole numbers ≥ 1, such as (1, 2, 5).")
+
+
+# Differences are told, and the file is kept whatever they are.
+UNGATED = QuantisationConfig(agreement=0.0, tolerance=float("inf"))
 
 
 @dataclass(frozen=True)
@@ -167,20 +178,19 @@ def quantise_onnx(
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "float.onnx")
         if isinstance(model, nn.Module):
-            export_onnx(model, source, example_inputs=chunks[0][:2])
+            _export(model, source, Path(path), chunks[0][:2])
         else:
-            source = Path(model)
-            _check_source(source)
-        prepared = Path(folder, "prepared.onnx")
+            source.write_bytes(_self_contained(Path(model)).SerializeToString())
+        name = type(model).__name__ if isinstance(model, nn.Module) else f"model={str(model)!r}"
         with atomic_file(path) as temporary:
-            _quantise(source, prepared, temporary, chunks, config)
+            _quantise(source, Path(folder, "prepared.onnx"), temporary, chunks, config, name)
             check_file(onnx, temporary)
             proto = onnx.load(temporary)
             session, floats = open_session(runtime, temporary), _File(open_session(runtime, source))
             check = QuantisationCheck(
                 path=Path(path),
                 bytes=temporary.stat().st_size,
-                float_bytes=source.stat().st_size,
+                float_bytes=(source if isinstance(model, nn.Module) else Path(model)).stat().st_size,
                 opset=opset_of(proto),
                 images=sum(map(len, chunks)),
                 ranges=config.ranges,
@@ -188,7 +198,7 @@ def quantise_onnx(
                 batches=tuple(_comparisons(session, floats, chunks, data, config)),
                 ops=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
             )
-            _check_agreement(check)
+            _check_agreement(check, config, outputs=len(session.get_outputs()))
     return check
 
 
@@ -215,25 +225,44 @@ def _one_input(chunk: Example) -> Tensor:
     return tensors[0].cpu().float().contiguous() if tensors[0].is_floating_point() else tensors[0].cpu()
 
 
-def _check_source(source: Path) -> None:
+def _export(model: nn.Module, source: Path, wanted: Path, images: Tensor) -> None:
+    try:
+        export_onnx(model, source, example_inputs=images)
+    except ExportError as error:  # told of the file that was asked for: nobody knows the other
+        raise ExportError(error.message.replace(str(source), str(wanted)), error.check) from error
+
+
+def _self_contained(source: Path) -> Any:
+    """The file's model with all weights in it, as weights alone: older files list them among the inputs, too."""
     proto = read_onnx(source, external_data=True)
+    weights = {entry.name for entry in proto.graph.initializer}
+    inputs = [entry for entry in proto.graph.input if entry.name not in weights]
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node):
         raise InputsError(f"model={str(source)!r} is quantised already. Give the float32 file that it was made from.")
-    if len(proto.graph.input) != 1:
+    if len(inputs) != 1:
         raise InputsError(
-            f"model={str(source)!r} takes {len(proto.graph.input)} inputs: only files of one input can be quantised "
+            f"model={str(source)!r} takes {len(inputs)} inputs: only files of one input can be quantised "
             "here. Give it to onnxruntime.quantization."
         )
+    if (opset := opset_of(proto)) < _OPSET:
+        raise InputsError(
+            f"model={str(source)!r} is written for opset {opset}, and a scale for every output channel needs {_OPSET} "
+            "or later. Export it anew, or bring it there with onnx.version_converter."
+        )
+    return proto
 
 
-def _quantise(source: Path, prepared: Path, target: Path, chunks: list[Tensor], config: QuantisationConfig) -> None:
+def _quantise(
+    source: Path, prepared: Path, target: Path, chunks: list[Tensor], config: QuantisationConfig, label: str
+) -> None:
     """Prepare the graph, find the ranges, and write the 8-bit file."""
     require("onnxruntime.quantization", extra="onnx")
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    graph = read_onnx(source, external_data=True).graph
-    name = graph.input[0].name
+    name = read_onnx(source).graph.input[0].name
 
     class Images(quantization.CalibrationDataReader):  # type: ignore[misc]  # a class of the optional package
         def __init__(self) -> None:
@@ -262,7 +291,7 @@ def _quantise(source: Path, prepared: Path, target: Path, chunks: list[Tensor], 
             )
     except Exception as error:  # the quantiser's errors have no common class
         raise ExportError(
-            f"model={str(source)!r} cannot be quantised on images of shape {tuple(chunks[0].shape[1:])}: "
+            f"{label} cannot be quantised on images of shape {tuple(chunks[0].shape[1:])}: "
             f"{type(error).__name__}: {error}. Look whether the images fit the model, or try other ranges."
         ) from error
     if not any(node.op_type == "QuantizeLinear" for node in read_onnx(target).graph.node):
@@ -282,7 +311,7 @@ def _comparisons(
         yield compare_on_data(session, floats, data, images)
 
 
-def _check_agreement(check: QuantisationCheck) -> None:
+def _check_agreement(check: QuantisationCheck, config: QuantisationConfig, *, outputs: int) -> None:
     last, top1 = check.batches[-1], check.top1
     where = f"path={str(check.path)!r} is not written: in 8 bits"
     if top1 is not None and top1 < check.agreement:
@@ -294,13 +323,20 @@ def _check_agreement(check: QuantisationCheck) -> None:
         )
     if check.relative == float("inf"):
         raise ExportError(f"{where} some outputs are not finite. Look at the calibration images.", check)
+    if (top1 is None or outputs > 1) and check.relative > config.tolerance:
+        raise ExportError(
+            f"{where} the outputs part from float32 by {check.relative:.3g} of the largest, more than "
+            f"tolerance={config.tolerance:g}. Give more calibration images like the data, try ranges='percentile', or "
+            "raise tolerance.",
+            check,
+        )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep from the user what the quantiser prints and logs; its errors still come as exceptions."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghostify.errors import InputsError, TraceError
@@ -145,7 +145,9 @@ class Example:
         with unmarked(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
             try:
-                return model(*moved.args, **moved.kwargs)
+                # A GraphModule's own call prints a traceback beside the error that it raises.
+                call = nn.Module.__call__ if isinstance(model, fx.GraphModule) else type(model).__call__
+                return call(model, *moved.args, **moved.kwargs)
             except Exception as error:
                 shapes = ", ".join(str(shape) for shape in self.shapes)
                 first_line = next(iter(str(error).strip().splitlines()), "no message")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from ghostify.backends.onnx_program import onnx_program
 from ghostify.conversion import convert
 from ghostify.deployment import ExportConfig, export_onnx, parity
+from ghostify.deployment.parity import _parting
 from ghostify.errors import ExportError, InputsError
 from ghostify.nn.ghost import GhostConv2d
 from ghostify.spec import GhostSpec
@@ -187,3 +189,66 @@ def test_original_and_student_are_timed_in_onnxruntime(converted: nn.Module, ima
     assert f"{timed.ratio:.2f}× as fast" in str(check)
     with pytest.raises(InputsError, match="original='net'"):
         export_onnx(converted, tmp_path / "m.onnx", example_inputs=images, original="net", config=ONE)  # type: ignore[arg-type]
+
+
+class Told(nn.Module):
+    """Returns what a function makes of the maps of a convolution."""
+
+    def __init__(self, told: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.told = told
+
+    def forward(self, mask: Tensor) -> object:
+        return self.told(self.conv(mask))
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        (lambda maps: {"mean": maps.mean((2, 3)).exp(), "conv2d": maps.relu()}, ["mean", "conv2d"]),
+        (lambda maps: {"input": maps, "logits": maps.mean((2, 3))}, ["output_input", "logits"]),
+        (lambda maps: {"a": {"b": maps}, "a_b": maps.exp(), "a-b": -maps}, ["a_b", "a_b_", "a_b__"]),
+        (lambda maps: (maps, None), ["output_0"]),
+    ],
+    ids=["operators", "input", "each other", "none"],
+)
+def test_outputs_keep_their_names_whatever_else_has_them(told, names, images: Tensor, tmp_path: Path) -> None:
+    check = export_onnx(Told(told), tmp_path / "net.onnx", example_inputs=images)
+    graph = onnx.load(check.path).graph
+    assert [entry.name for entry in graph.output] == names
+    assert [entry.name for entry in graph.input] == ["input"]
+
+
+def test_a_number_among_the_outputs_is_named(images: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"Told returns a value of type int, at \[1\]"):
+        export_onnx(Told(lambda maps: (maps, 3)), tmp_path / "net.onnx", example_inputs=images)
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.conv(batch["image"])
+
+
+def test_a_dictionary_is_an_input_like_any_other(images: Tensor, tmp_path: Path) -> None:
+    check = export_onnx(ByName(), tmp_path / "net.onnx", example_inputs=({"image": images},))
+    assert [entry.name for entry in onnx.load(check.path).graph.input] == ["input"]
+
+
+def test_of_whole_numbers_the_share_counts_that_differs() -> None:
+    """Class 4998 in the place of 4999 is as wrong as any other."""
+    classes = np.array([4999, 7, 3, 0])
+    assert _parting(classes, classes) == (0, 0)
+    assert _parting(classes, np.array([4998, 7, 3, 0])) == (1, 0.25)
+    assert _parting(np.array([True, False]), np.array([True, True])) == (1, 0.5)
+    assert _parting(np.array([10.0, 1.0]), np.array([10.0, 2.0])) == (1, 0.1)
+    assert _parting(np.array([0.0]), np.array([2.0])) == (2, 2)
+
+
+def test_a_network_without_convolutions_has_nothing_to_fold(images: Tensor, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 4))
+    assert export_onnx(net, tmp_path / "net.onnx", example_inputs=images).ops["Gemm"] == 1

@@ -121,6 +121,52 @@ def test_a_file_that_answers_otherwise_is_not_kept(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]
 
 
+class Drowned(nn.Module):
+    """Maps that come from a few units on top of three hundred, which 8 bits cannot tell apart."""
+
+    def __init__(self, classes: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, bias=False)
+        self.classes = classes
+
+    def forward(self, x: Tensor) -> object:
+        maps = self.conv(x + 300) - 300 * self.conv.weight.sum((1, 2, 3)).view(1, -1, 1, 1)
+        return (x.mean((2, 3)), maps) if self.classes else maps
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_what_are_no_class_scores_must_be_near_the_floats(classes: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match=r"part from float32 by .*, more than tolerance=0\.25") as caught:
+        quantise_onnx(Drowned(classes), file, calibration=digits(32))
+    assert caught.value.check.relative > 0.3
+    assert not file.exists()
+    config = QuantisationConfig(tolerance=float("inf"))
+    assert quantise_onnx(Drowned(classes), file, calibration=digits(32), config=config).relative > 0.3
+
+
+def test_a_file_of_an_older_operator_set_is_named(tmp_path: Path) -> None:
+    check = export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=digits(2))
+    proto = onnx.load(check.path)
+    proto.opset_import[0].version = 11
+    onnx.save(proto, check.path)
+    with pytest.raises(InputsError, match=r"written for opset 11, .* 13 or later"):
+        quantise_onnx(check.path, tmp_path / "small.onnx", calibration=digits(10))
+
+
+def test_weights_may_be_listed_among_the_inputs(tmp_path: Path) -> None:
+    check = export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=digits(2))
+    proto = onnx.load(check.path)
+    for weight in proto.graph.initializer:
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
+    onnx.save(proto, check.path)
+    config = QuantisationConfig(agreement=0.0)
+    small = quantise_onnx(check.path, tmp_path / "small.onnx", calibration=digits(10), config=config)
+    assert small.ops["QuantizeLinear"] > 5
+    assert small.bytes < 0.6 * small.float_bytes
+
+
 def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
     export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=digits(2))
     with pytest.raises(ExportError, match=r"cannot be quantised on images of shape \(4, 12, 12\)"):
@@ -133,7 +179,7 @@ def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"images": 0}, {"ranges": "widest"}, {"agreement": 90}, {"batch_sizes": (0,)}],
+    [{"images": 0}, {"ranges": "widest"}, {"agreement": 90}, {"tolerance": 0}, {"batch_sizes": (0,)}],
     ids=lambda w: next(iter(w)),
 )
 def test_options_out_of_range_are_named(wrong: dict[str, object]) -> None:

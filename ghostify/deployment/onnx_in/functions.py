@@ -155,12 +155,18 @@ def gather(build: Builder, op: Op) -> Value:
     """``Gather`` at constant places: channels in another order, or one of several sizes."""
     places, axis, value = op.needed(1), op.attributes.get("axis", 0), op.input(0)
     if isinstance(value, list):
-        return [value[int(place)] for place in places.reshape(-1)]
+        chosen = [value[int(place)] for place in places.reshape(-1)]
+        return np.array(chosen[0]) if places.dim() == 0 and isinstance(chosen[0], int) else chosen
     if places.dim() == 0:
         return build.call(torch.select, op.x, axis, int(places))
     if places.dim() > 1:
         raise Unreadable("an index of several dimensions")
-    return build.call(torch.index_select, op.x, axis, build.operand(op, 1))
+    if bool((places < 0).any()):
+        side = op.shape[axis] if op.shape is not None else None
+        if side is None:
+            raise Unreadable("places counted from the end of a side of unknown size")
+        places = places % side
+    return build.call(torch.index_select, op.x, axis, build.constant(op, places))
 
 
 def pad(build: Builder, op: Op) -> Value:
@@ -185,17 +191,21 @@ def resize(build: Builder, op: Op) -> Value:
     way = op.attributes.get("coordinate_transformation_mode", "half_pixel" if op.kind == "Resize" else "asymmetric")
     place = 1 if op.kind == "Upsample" or op.opset < 11 else 2
     scales = op.array(place) if op.kind == "Resize" or op.opset >= 9 else np.array(op.attributes["scales"])
-    sizes = op.array(3)
+    sizes = _sizes(op.input(3))
+    axes = op.attributes.get("axes", list(range(op.rank or 4)))
+    if axes[-2:] != [2, 3] and op.rank == 4:
+        raise Unreadable(f"attribute axes={axes}")
+    first = axes.index(2) if 2 in axes else 0
     options: dict[str, Any] = {"mode": {"nearest": "nearest", "linear": "bilinear", "cubic": "bicubic"}.get(mode)}
     if options["mode"] is None or (mode != "nearest" and op.rank != 4):
         raise Unreadable(f"mode={mode!r}")
     if mode != "nearest":
         options["align_corners"] = way == "align_corners"
-    if sizes is not None and sizes.size:
-        return build.call(F.interpolate, op.x, size=[int(side) for side in sizes[2:]], **options)
+    if sizes:
+        return build.call(F.interpolate, op.x, size=sizes[first:], **options)
     if scales is None or not scales.size:
         raise Unreadable("neither sizes nor factors")
-    return build.call(F.interpolate, op.x, scale_factor=[float(side) for side in scales[2:]], **options)
+    return build.call(F.interpolate, op.x, scale_factor=[float(side) for side in scales[first:]], **options)
 
 
 def depth_to_space(build: Builder, op: Op) -> Value:

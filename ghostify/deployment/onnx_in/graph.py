@@ -18,6 +18,7 @@ Sizes = list["int | fx.Node"]
 # A value of the file: known now, a list of sizes, or computed when the model runs. None: an input that is left out.
 Value = Array | Sizes | fx.Node | None
 
+_WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Names that a GraphModule needs itself.
 _RESERVED = {*dir(fx.GraphModule), *vars(nn.Module()), "meta"}
 
@@ -67,7 +68,8 @@ class Op:
         """An input that is computed when the model runs."""
         value = self.input(place)
         if not isinstance(value, fx.Node):
-            raise Unreadable(f"input {place} is a constant")
+            what = "a size that is known only when the model runs" if isinstance(value, list) else "a constant"
+            raise Unreadable(f"input {place} is {what}")
         return value
 
     def array(self, place: int) -> Array | None:
@@ -102,14 +104,22 @@ class Builder:
     Attributes:
         graph: The graph.
         parts: Modules and buffers by the names that the graph calls them.
+        shared: The names of layers by their options and weights, which other nodes may read, too.
     """
 
     graph: fx.Graph = field(default_factory=fx.Graph)
     parts: dict[str, Any] = field(default_factory=dict)
+    shared: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def module(self, op: Op, module: nn.Module, *inputs: fx.Node) -> fx.Node:
-        """Call a module of its own."""
-        return self.graph.call_module(self._add(op.name, module), inputs or (op.x,))
+        """Call a module of its own; of convolutions and linear layers the same one where the weights are the same."""
+        weights = [id(value) for value in op.inputs if isinstance(value, np.ndarray)]
+        key = (op.kind, *weights, repr(module), repr(op.attributes))
+        # Not of norms: those of a network that was never trained may all read the same ones and zeros.
+        name = self.shared.get(key) if op.kind in _WITH_WEIGHTS else None
+        if name is None:
+            name = self.shared[key] = self._add(op.name, module)
+        return self.graph.call_module(name, inputs or (op.x,))
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Call a function."""
@@ -121,8 +131,12 @@ class Builder:
         if isinstance(value, np.ndarray):
             if value.size == 1 and value.ndim <= (op.rank or 0):
                 return value.item()
-            return self.graph.get_attr(self._add(f"{op.name}_constant", tensor_of(value)))
+            return self.constant(op, tensor_of(value))
         return op.tensor(place)
+
+    def constant(self, op: Op, value: torch.Tensor) -> fx.Node:
+        """Read a buffer."""
+        return self.graph.get_attr(self._add(f"{op.name}_constant", value))
 
     def finished(self, outputs: Sequence[fx.Node]) -> fx.GraphModule:
         """The model; several outputs come as a tuple."""

@@ -107,6 +107,8 @@ def clip(build: Builder, op: Op) -> fx.Node:
         op.attributes.get(name) if (given := op.array(place)) is None else given.item()
         for place, name in ((1, "min"), (2, "max"))
     )
+    if low is None and high is None:
+        return op.x
     if (low, high) == (0, 6):
         return build.module(op, nn.ReLU6())
     if low is None or high is None or math.isinf(low) or math.isinf(high) or not low < high:

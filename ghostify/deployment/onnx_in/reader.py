@@ -34,6 +34,7 @@ _FOLDED = {
     "Sub", "Transpose", "Unsqueeze",
 }  # fmt: skip
 _LARGEST_CONSTANT = 2**20
+_LARGEST_INPUT = 2**28
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
@@ -60,12 +61,12 @@ def read_model(path: str | os.PathLike[str]) -> fx.GraphModule:
     try:
         with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made
             model = _built(proto)
+        _check_parity(runtime, Path(path), model)
     except Unreadable as reason:
         raise ArtefactError(
             f"path={str(path)!r} cannot be read as a plain CNN: {reason}. Build the model in torch, and load its "
             "weights there."
         ) from reason
-    _check_parity(runtime, Path(path), model)
     return model
 
 
@@ -92,6 +93,8 @@ def _built(proto: Any) -> fx.GraphModule:
         if kind in _FOLDED and all(isinstance(values.get(name), np.ndarray) for name in node.input if name):
             values[node.output[0]] = _folded(onnx, proto, node, values, where)
             continue
+        if kind == "Split" and not all(node.output):
+            raise Unreadable(f"{where} leaves out an output, on which onnxruntime crashes")
         if kind not in OPERATORS:
             raise Unreadable(f"{where} is read of constants alone")
         op = Op(
@@ -111,13 +114,20 @@ def _built(proto: Any) -> fx.GraphModule:
             raise Unreadable(f"{where} does not fit its inputs: {type(error).__name__}: {error}") from error
         # A list of sizes is one value; a split makes several.
         results = made if kind == "Split" and isinstance(made, list) else [made]
-        values.update(zip(node.output, results))  # type: ignore[arg-type]
+        values.update(zip(node.output, map(_known, results)))
     outputs = [values.get(entry.name) for entry in proto.graph.output]
     if not inputs or not all(isinstance(output, fx.Node) for output in outputs):
         raise Unreadable("it has no input, or an output that depends on none")
     model = build.finished([output for output in outputs if isinstance(output, fx.Node)])
     model.meta["input_shapes"] = [shapes.get(entry.name) for entry in inputs]
     return model
+
+
+def _known(value: Value) -> Value:
+    """A list of sizes that are all known is a constant, with which others are computed."""
+    if isinstance(value, list) and all(isinstance(side, int) for side in value):
+        return np.array(value, np.int64)
+    return value
 
 
 def _kind(node: Any) -> str:
@@ -218,5 +228,7 @@ def _examples(shapes: Sequence[tuple[int | None, ...] | None]) -> Iterator[Examp
         for shape in shapes:
             known = shape or (None, 3, None, None)
             sides = [length or (batch if place == 0 else side) for place, length in enumerate(known)]
+            if math.prod(sides) > _LARGEST_INPUT:
+                raise Unreadable(f"it takes an input of shape {tuple(sides)}, so it cannot be run beside its reading")
             made.append(torch.randn(sides, generator=generator))
         yield Example(tuple(made))
