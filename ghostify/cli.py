@@ -12,7 +12,7 @@ import typer
 
 from ghostify.cli_compare import compare_command
 from ghostify.cli_distill import distill_command
-from ghostify.cli_export import checked_export, describe_command, export_command
+from ghostify.cli_export import check_shown, describe_command, export_command
 from ghostify.cli_inputs import calibration_images, example_for, read_text
 from ghostify.cli_options import (  # fmt: skip
     BackendName,
@@ -43,7 +43,7 @@ from ghostify.cli_options import (  # fmt: skip
     trained,
 )
 from ghostify.conversion import INITIALISERS, apply
-from ghostify.deployment import ExportConfig, save
+from ghostify.deployment import export_onnx, save
 from ghostify.deployment.artefact import model_plan
 from ghostify.errors import GhostifyError
 from ghostify.files import atomic_file
@@ -165,7 +165,8 @@ def convert_command(
     started = model_plan(student)
     told = stored(out)
     if is_onnx(str(out)):
-        check = checked_export(student, out, example=example, config=ExportConfig(), as_json=as_json)
+        with check_shown(as_json):
+            check = export_onnx(student, out, example_inputs=example)
         told = f"\n\n{check}"
     else:
         save(student, out)

@@ -80,6 +80,7 @@ _CHIEFS: dict[str, tuple[str, ...]] = {
     "keep": ("ratio",),
     "budget": ("ratio",),
     "calibration": ("input_shape",),
+    "int8": ("latency", "dynamic_size", "opset", "input_shape"),
 }  # fmt: skip
 
 
