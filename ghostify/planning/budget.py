@@ -34,7 +34,7 @@ from ghostify.tracing import Trace
 _SOLVER_SCALE = 1_000
 _OPTIMAL = 1e-6
 # Of the solver's search tree. A limit in seconds would give other plans on other machines.
-_NODES = 100_000
+_NODES = 20_000
 # A status of ``scipy.optimize.milp``.
 _INFEASIBLE = 2
 
