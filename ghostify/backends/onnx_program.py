@@ -105,7 +105,7 @@ def _check_returned(returned: Any, name: str) -> None:
 def _name_outputs(graph: Any, names: Sequence[str]) -> None:
     """Give the outputs their names; a value inside that has one of them, as in ``mean``, gives way."""
     inputs = {entry.name for entry in graph.input}
-    graphs = list(_graphs(graph))
+    graphs = list(graphs_of(graph))
     taken = {name for part in graphs for node in part.node for name in node.output}
     taken |= {entry.name for part in graphs for entry in part.initializer} | inputs
     new: dict[str, str] = {}
@@ -129,13 +129,13 @@ def _free(name: str, taken: set[str]) -> str:
     return name
 
 
-def _graphs(graph: Any) -> Iterator[Any]:
+def graphs_of(graph: Any) -> Iterator[Any]:
     """A graph and those inside its nodes, which see its values."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
+                yield from graphs_of(attribute.g)
 
 
 def _count_axes_from_the_front(graph: Any) -> None:

@@ -13,6 +13,7 @@ import pydantic
 import torch
 from torch import nn
 
+from ghostify.backends.onnx_program import graphs_of
 from ghostify.deployment.manifest import MAX_PLAN_BYTES, ghostify_version
 from ghostify.errors import ArtefactError, ExportError, PlanError
 from ghostify.extras import require
@@ -74,13 +75,14 @@ def write_notes(proto: Any, model: nn.Module) -> None:
     Raises:
         ExportError: The plan is larger than any that would be read back.
     """
-    for graph in (proto.graph, *proto.functions):
-        parts = [graph, *graph.node, *graph.value_info]
-        if graph is proto.graph:
-            parts += [*graph.input, *graph.output, *graph.initializer]
-        for part in parts:
-            del part.metadata_props[:]
-            part.doc_string = ""
+    for whole in (proto.graph, *proto.functions):
+        for number, graph in enumerate(graphs_of(whole)):
+            parts = [graph, *graph.node, *graph.value_info]
+            if number or whole is proto.graph:  # inputs of a function are names
+                parts += [*graph.input, *graph.output, *graph.initializer]
+            for part in parts:
+                del part.metadata_props[:]
+                part.doc_string = ""
     plan = getattr(model, "ghostify_plan", None)
     properties = {
         "ghostify.version": ghostify_version(),

@@ -112,3 +112,21 @@ def test_a_file_of_another_program_tells_what_it_can(tmp_path: Path) -> None:
     notes = read_notes(tmp_path / "x.onnx")
     assert notes.inputs == {"a": "n×?×4"}
     assert "not written by ghostify" in str(notes)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        return torch.cond(x.sum() > 0, lambda maps: maps.relu() + 1, lambda maps: maps.exp(), (maps,))
+
+
+def test_branches_tell_nothing_of_this_machine_either(images: Tensor, tmp_path: Path) -> None:
+    check = export_onnx(Branches(), tmp_path / "net.onnx", example_inputs=images, config=ExportConfig(fold=False))
+    assert check.ops["If"] == 1
+    content = check.path.read_bytes()
+    assert Path(__file__).name.encode() not in content
+    assert b"stack_trace" not in content
