@@ -69,7 +69,7 @@ def show(page: Path, name: str, headers: Sequence[str], lines: list[list[str]], 
     if not found or not ended:
         raise SystemExit(f"{page} lacks the lines {begin} and {end}, between which the table belongs")
     table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True)
-    about = "; ".join(dict.fromkeys(row["on"] for row in rows))
+    about = "; ".join(dict.fromkeys(part for row in rows for part in row["on"].split("; ")))
     with atomic_file(page) as temporary:
         temporary.write_text(f"{head}{begin}\n\n{table}\n\n{about}\n\n{end}{after}", encoding="utf-8")
     print(table)
