@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostify.backends.memory import retained_memory
 from ghostify.backends.onnx_program import onnx_program
 from ghostify.backends.timing import Run
 from ghostify.errors import OptionError
@@ -93,14 +94,14 @@ def runs_of(backend: Backend, modules: Sequence[nn.Module], example: Example) ->
 
 @contextmanager
 def running(backend: Backend) -> Iterator[None]:
-    """Give torch the backend's number of threads, and no gradients.
+    """Give torch the backend's number of threads, no gradients, and memory that stays with the process.
 
-    Beside another runtime it has one: threads of torch that wait for work would disturb the other's.
+    Beside another runtime it has one thread: threads of torch that wait for work would disturb the other's.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if backend.folds else backend.threads)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), retained_memory(torch.device("cpu")):
             yield
     finally:
         torch.set_num_threads(before)

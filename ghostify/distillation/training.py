@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostify.backends.memory import retained_memory
 from ghostify.distillation.batches import Batch, Reader, count_batches
 from ghostify.distillation.checkpoint import snapshot, write_history, write_weights
 from ghostify.distillation.config import DistillConfig
@@ -22,7 +23,6 @@ from ghostify.distillation.features import FeatureTaps
 from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
-from ghostify.distillation.memory import retained_memory
 from ghostify.distillation.optimisation import learning_rate, uses_bf16
 from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
 from ghostify.distillation.processes import launched, read_epoch

@@ -32,7 +32,7 @@ from ghostify.tracing import Trace, evaluating
 _LAYER = Effort(repeats=400, fewest=15, warmup=3, seconds=2.0, precision=0.01)
 _NETWORK = Effort(repeats=40, fewest=9, warmup=3, seconds=10.0)
 # Part of every key: what was measured in another way is not read.
-_METHOD = 3
+_METHOD = 4
 # Standard errors by which a choice must be faster to be on offer.
 _SURE = 3
 # Side of the matrices whose product is the reference.

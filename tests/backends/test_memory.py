@@ -6,15 +6,15 @@ import sys
 import pytest
 import torch
 
-from ghostify.distillation import memory
-from ghostify.distillation.memory import retained_memory
+from ghostify.backends import memory
+from ghostify.backends.memory import retained_memory
 
 # Pages that the system has to clear for a large tensor. A process of its own: what an allocator does depends on all
 # that was freed in it. Above 32 MiB glibc asks the system for every block, unless told otherwise. The least of some
 # counts, as a small block in between may take its place from a large one.
 FAULTS = """
 import contextlib, resource, torch
-from ghostify.distillation.memory import retained_memory
+from ghostify.backends.memory import retained_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -1,4 +1,4 @@
-"""Memory that every step of a training frees and asks for again stays with the process."""
+"""Memory that every step of a training, or every run of a model, frees and asks for again stays with the process."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES
 def retained_memory(device: torch.device) -> Iterator[None]:
     """While it is open, glibc gives no freed memory back to the system; then it gives all of it back.
 
-    The activations of a step are freed when it ends, and the next step asks for just as many. glibc returns such large
-    blocks to the system, which then has to clear every page anew when it is touched. Keeping them changes no result and
-    does not raise the peak.
+    The activations of a step or a run are freed in it, and the next asks for just as many. glibc returns such large
+    blocks to the system, which then has to clear every page anew when it is touched; from which size on depends on all
+    that the process did before, so that the same model takes another time in another process. Keeping them changes no
+    result and does not raise the peak.
 
     Args:
-        device: Of the training. Accelerators have allocators of their own, which keep memory anyway; so nothing is
+        device: Of the work. Accelerators have allocators of their own, which keep memory anyway; so nothing is
             done there, nor with another C library, nor where the environment has settings for glibc's allocator.
     """
     chosen = any(name in os.environ for name in _SETTINGS)
