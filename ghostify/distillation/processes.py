@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ghostify.distillation.batches import Batch
 from ghostify.distillation.randomness import reseed
-from ghostify.errors import TrainingError
+from ghostify.errors import InputsError, TrainingError
 from ghostify.extras import require
 
 
@@ -78,9 +79,7 @@ class Processes:
         """
         if self.count == 1:
             return
-        own = torch.tensor([epoch, step], device=device)
-        places = [torch.empty_like(own) for _ in range(self.count)]
-        dist.all_gather(places, own)
+        places = self._everyones(torch.tensor([epoch, step], device=device))
         for rank, place in enumerate(places):
             if place.tolist() != places[0].tolist():
                 raise TrainingError(
@@ -88,6 +87,35 @@ class Processes:
                     f"epoch={places[0][0]}, step={places[0][1]}. Give all of them the same folder as out, on a disk "
                     "that all machines share."
                 )
+
+    def check_data(self, batch: Batch, name: str) -> None:
+        """See that all processes go through the same data.
+
+        Args:
+            batch: The first one that this process reads, before anything is shared out.
+            name: ``data`` or ``val``, for messages.
+
+        Raises:
+            InputsError: They do not, so that rows would be lost, and others learned from twice.
+        """
+        if self.count == 1:
+            return
+        size, values = len(batch.inputs), batch.inputs.double()
+        everyones = self._everyones(torch.stack([values.new_tensor(size), values.sum(), values.square().sum()]))
+        for rank, facts in enumerate(everyones):
+            # Kinds of processors may add up in another order.
+            if not torch.allclose(facts, everyones[0], rtol=1e-6, equal_nan=True):
+                raise InputsError(
+                    f"process {rank} reads another first batch of {name} than process 0. Each goes through all of "
+                    f"{name} and takes its own rows of every batch, so give all of them the same: a loader without a "
+                    "DistributedSampler, that has not been through accelerator.prepare."
+                )
+
+    def _everyones(self, own: Tensor) -> list[Tensor]:
+        """The tensor of every process, in the order of their ranks."""
+        gathered = [torch.empty_like(own) for _ in range(self.count)]
+        dist.all_gather(gathered, own)
+        return gathered
 
     def rows(self, size: int) -> slice:
         """Which of the rows of a batch are this process's: parts of equal size, give or take one.

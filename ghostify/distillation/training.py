@@ -69,8 +69,8 @@ def distill(
     the epoch's number or on torch's, NumPy's or Python's global random numbers alone.
 
     Started by ``torchrun`` or ``accelerate launch``, each of several processes calls this with models on its
-    own device and with the same data; it learns from its rows of every batch, so the batch size is that of all
-    of them together.
+    own device and with the same data (no DistributedSampler); it learns from its rows of every batch, so the batch size
+    is that of all of them together.
 
     Args:
         student: Gives class scores ``(n, classes, ...)``. Parameters with ``requires_grad=False`` stay as they are.
@@ -89,7 +89,8 @@ def distill(
 
     Raises:
         OptionError: A setting that cannot be used, or ``hard_weight`` above 0 for data without labels.
-        InputsError: Data that are empty, of a wrong kind, or usable once only; labels that do not fit.
+        InputsError: Data that are empty, of a wrong kind, usable once only, or not the same in every process; labels
+            that do not fit.
         TrainingError: Models that cannot be teacher and student.
         NonFiniteLossError: The loss, its gradient or the student's scores became NaN or infinite.
         OutputError: ``out`` cannot be written, or holds a run that is not finished, and ``resume`` is false.
@@ -158,6 +159,7 @@ def distill(
             for name, batches in (("data", data), ("val", val)):
                 if batches is not None:
                     batch = first_batch(batches, reader, name)
+                    processes.check_data(batch, name)
                     classes = check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
                     check_classes(classes, config)
                     if taps is not None:

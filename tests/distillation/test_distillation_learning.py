@@ -17,7 +17,7 @@ from ghostify.distillation import processes as processes_module
 from ghostify.distillation import training as training_module
 from ghostify.distillation.learning import swapped_norms
 from ghostify.distillation.processes import Processes, read_epoch
-from ghostify.errors import OptionError, TrainingError
+from ghostify.errors import InputsError, OptionError, TrainingError
 
 
 def network(seed: int, norm: type[nn.Module] | None = None) -> nn.Module:
@@ -187,10 +187,29 @@ class Plain:
         return iter(batches(49))
 
 
-def one_of_two(rank: int, port: int, data, out: Path) -> None:
+def in_two_processes(work, *args) -> None:
+    """Run ``work(*args)`` as each of two processes of one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fresh = multiprocessing.get_context("spawn")  # OpenMP's threads do not outlive a fork
+    children = [fresh.Process(target=one_of_two, args=(rank, port, work, *args)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        child.kill()
+    assert [child.exitcode for child in children] == [0, 0]
+
+
+def one_of_two(rank: int, port: int, work, *args) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    work(rank, *args)
+
+
+def learned(rank: int, data, out: Path) -> None:
     student = network(2, FrozenNorm)
     run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN, out=out)
     torch.save((student.state_dict(), run.history, run.start), out / f"{rank}.pt")
@@ -204,17 +223,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, data) -> None:
     pytest.importorskip("accelerate")
     student = network(2, FrozenNorm)  # the last batch has one image, for two processes
     run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fresh = multiprocessing.get_context("spawn")  # OpenMP's threads do not outlive a fork
-    children = [fresh.Process(target=one_of_two, args=(rank, port, data, tmp_path)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(60)
-        child.kill()
-    assert [child.exitcode for child in children] == [0, 0]
+    in_two_processes(learned, data, tmp_path)
     for rank in range(2):
         weights, history, start = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert close(weights, student.state_dict())
@@ -223,3 +232,16 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, data) -> None:
             assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
             assert mine.val_accuracy == theirs.val_accuracy
     assert (tmp_path / "best.safetensors").exists()
+
+
+def refused(rank: int) -> None:
+    images = torch.utils.data.TensorDataset(torch.randn(48, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    halves = torch.utils.data.DistributedSampler(images, num_replicas=2, rank=rank)
+    loader = torch.utils.data.DataLoader(images, batch_size=8, sampler=halves)
+    with pytest.raises(InputsError, match="process 1 reads another first batch of data"):
+        distill(network(2, FrozenNorm), teacher=network(1), data=loader, epochs=1, config=FROZEN)
+
+
+def test_data_that_are_shared_out_already_are_refused() -> None:
+    pytest.importorskip("accelerate")
+    in_two_processes(refused)
