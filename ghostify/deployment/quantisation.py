@@ -172,6 +172,8 @@ def quantise_onnx(
         OutputError: The file cannot be written.
     """
     config = config or QuantisationConfig()
+    if not isinstance(model, nn.Module | str | os.PathLike):
+        raise InputsError(f"model={model!r} is neither a network nor a file. Pass a torch.nn.Module, or a path.")
     onnx = require("onnx", extra="onnx")
     runtime = require("onnxruntime", extra="onnx")
     chunks = [_one_input(chunk) for chunk in calibration_chunks(calibration, nn.Identity(), config.images)]

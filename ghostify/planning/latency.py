@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
 import pydantic
@@ -75,7 +76,7 @@ class LayerTimes:
     original: float
     savings: dict[str, Saving]
     index: float
-    reference: float
+    reference: Annotated[float, pydantic.Field(gt=0)]
     rounds: int
     outliers: float
 

@@ -167,6 +167,11 @@ def test_weights_may_be_listed_among_the_inputs(tmp_path: Path) -> None:
     assert small.bytes < 0.6 * small.float_bytes
 
 
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputsError, match="model=5 is neither a network nor a file"):
+        quantise_onnx(5, tmp_path / "small.onnx", calibration=digits(10))
+
+
 def test_images_that_do_not_fit_are_named(tmp_path: Path) -> None:
     export_onnx(make_net(), tmp_path / "net.onnx", example_inputs=digits(2))
     with pytest.raises(ExportError, match=r"cannot be quantised on images of shape \(4, 12, 12\)"):

@@ -208,11 +208,17 @@ def test_alike_layers_are_timed_once_and_results_are_kept(monkeypatch, cache):
     next((cache / "latency").iterdir()).write_text("{broken")
     assert planned(0.85, blocks=2) == first
     assert not all(isinstance(module, CifarResNet) for module in clock.modules)
+
+
+def test_kept_results_that_were_changed_are_measured_anew(monkeypatch, cache):
+    Clock(monkeypatch, by_share)
+    first = planned(0.85)
     file = next((cache / "latency").iterdir())
     kept = json.loads(file.read_text())
-    kept["savings"].popitem()
-    file.write_text(json.dumps(kept))
-    assert planned(0.85, blocks=2) == first
+    for changed in ({**kept, "savings": dict(list(kept["savings"].items())[1:])}, {**kept, "reference": 0.0}):
+        file.write_text(json.dumps(changed))
+        assert planned(0.85) == first
+        assert json.loads(file.read_text()) == kept
 
 
 def test_layers_in_another_memory_format_are_timed_anew(monkeypatch, cache):
