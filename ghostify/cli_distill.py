@@ -41,6 +41,9 @@ def distill_command(
     batch_size: Batch = 128,
     accumulate: Annotated[int, typer.Option(min=1, help="parts in which a batch is computed")] = 1,
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+    cache_teacher: Annotated[
+        bool, typer.Option("--cache-teacher", help="ask the teacher once about every image; none is augmented then")
+    ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="compile both networks")] = False,
     sync_norms: Annotated[bool, typer.Option("--sync-norms", help="norms see the rows of all processes")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -65,7 +68,7 @@ def distill_command(
     teacher = trained(model, pretrained, weights)
     small = load(student, base=teacher).to(place)
     teacher.to(place)
-    splits = load_data(data, DataOptions(batch_size=batch_size, seed=seed))
+    splits = load_data(data, DataOptions(batch_size=batch_size, augment=not cache_teacher, seed=seed))
     config = DistillConfig(
         lr=lr,
         warmup=warmup,
@@ -79,6 +82,7 @@ def distill_command(
         patience=patience,
         accumulate=accumulate,
         precision=precision,
+        cache_teacher=cache_teacher,
         compile=compiled,
         sync_norms=sync_norms,
         state_every=state_every,

@@ -45,8 +45,9 @@ def test_the_whole_way(tmp_path):
     )  # fmt: skip
     assert converted.returncode == 0, converted.stderr
     distilled = ghostify(
-        "distill", model, "small", "--data", "digits", "--epochs", "1", "--out", "run", "--json", folder=tmp_path
-    )
+        "distill", model, "small", "--data", "digits", "--epochs", "1", "--out", "run", "--cache-teacher", "--json",
+        folder=tmp_path,
+    )  # fmt: skip
     assert distilled.returncode == 0, distilled.stderr
     assert [epoch["epoch"] for epoch in json.loads(distilled.stdout)] == [1]
     compared = ghostify(

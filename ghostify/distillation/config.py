@@ -40,6 +40,8 @@ class DistillConfig:
         feature_weight: What the feature loss counts beside the loss of the class scores.
         mixup: α of MixUp, which blends the images of a batch for both networks; 0 does not.
         ema: Decay of a moving average of the weights, above 0 and below 1, or ``None`` for none.
+        cache_teacher: Ask the teacher once about every example and keep its answers, for data that are the same in
+            every epoch: without augmentation.
         compile: Compile both networks with ``torch.compile``.
         patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
         accumulate: Compute a batch in so many parts, for one that is too large for the memory. What is learned is
@@ -71,6 +73,7 @@ class DistillConfig:
     feature_weight: float = 1.0
     mixup: float = 0.0
     ema: float | None = None
+    cache_teacher: bool = False
     compile: bool = False
     patience: int | None = None
     accumulate: int = 1
@@ -101,7 +104,7 @@ class DistillConfig:
         _number("mixup", self.mixup, least=0.0)
         if self.ema is not None:
             _number("ema", self.ema, above=0.0, below=1.0)
-        for name in ("compile", "sync_norms", "tensorboard"):
+        for name in ("cache_teacher", "compile", "sync_norms", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.patience is not None:
@@ -113,6 +116,9 @@ class DistillConfig:
         if self.clip_norm is not None:
             _number("clip_norm", self.clip_norm, above=0.0)
         _whole("seed", self.seed, least=0)
+        if self.cache_teacher and (self.mixup or self.features):
+            other = f"mixup={self.mixup}" if self.mixup else f"features={self.features!r}"
+            raise OptionError(f"cache_teacher=True with {other}: the teacher is needed at every step. Leave one out.")
         if self.optimizer == "adamw" and self.lr >= 0.05:
             raise OptionError(
                 f"lr={self.lr} with optimizer='adamw' diverges: Adam's steps are about lr long whatever the gradient. "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ghostify.distillation.answers import KnownAnswers
 from ghostify.distillation.batches import Batch, Reader, check_labels
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.features import FeatureTaps
@@ -49,6 +50,7 @@ class Learner:
         processes: Who this process is.
         reader: Reads batches.
         taps: Of the layers that are compared, entered already: what is compiled before them does not know them.
+        answers: The teacher's, if they are known already.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Learner:
         processes: Processes,
         reader: Reader,
         taps: FeatureTaps | None,
+        answers: KnownAnswers | None,
     ) -> None:
         self.student, self.config, self.processes, self.reader, self.taps = student, config, processes, reader, taps
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -71,7 +74,7 @@ class Learner:
         )
         self.wrapped = processes.wrapped(student)
         self.forward: Callable[[Tensor], Any] = torch.compile(self.wrapped) if config.compile else self.wrapped
-        self.teacher: Callable[[Tensor], Any] = torch.compile(teacher) if config.compile else teacher
+        self.teacher: Callable[[Tensor], Any] = answers or (torch.compile(teacher) if config.compile else teacher)
 
     @property
     def kept(self) -> nn.Module:

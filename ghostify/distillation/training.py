@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.backends.memory import retained_memory
+from ghostify.distillation.answers import KnownAnswers
 from ghostify.distillation.batches import Batch, Reader, count_batches
 from ghostify.distillation.checkpoint import snapshot, write_history, write_weights
 from ghostify.distillation.config import DistillConfig
@@ -166,7 +167,8 @@ def distill(
                         with torch.no_grad():
                             taps.loss(config.feature_loss)
 
-        learner = Learner(student, teacher, config, processes, reader, taps)
+        answers = KnownAnswers(teacher, data, steps_per_epoch, reader) if config.cache_teacher else None
+        learner = Learner(student, teacher, config, processes, reader, taps, answers)
         validating = 0.0  # seconds
         if found is None:
             # Epoch 0: the student as it came.
