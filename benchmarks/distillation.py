@@ -36,7 +36,7 @@ from benchmarks.networks import SHARED, load
 from benchmarks.pages import measured_on
 from ghostify._torchvision import import_torchvision
 from ghostify.distillation import Augment, ImageBatches
-from ghostify.distillation.optimisation import learning_rate, uses_bf16
+from ghostify.distillation.optimisation import learning_rate, settled_precision
 from ghostify.nn import cifar
 
 RATE, TEMPERATURE, CLIP = 0.1, 4.0, 5.0
@@ -70,7 +70,7 @@ class Work:
     def autocast(self) -> torch.autocast:
         """The context that both run in."""
         device = self.batches.images.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(self.precision, device))
+        return torch.autocast(device.type, torch.bfloat16, enabled=settled_precision(self.precision, device) == "bf16")
 
     def rates(self) -> dict[str, Any]:
         """The arguments of torch's LambdaLR."""
@@ -259,8 +259,8 @@ def main() -> None:
         print("torchdistill is not installed: pip install 'ghostify[bench]'")
     images = "random images" if options.random else "CIFAR-10"
     about = f"{options.network}, {images}, {options.rounds} rounds of {options.steps} batches of {options.batch}"
-    bf16 = uses_bf16(options.precision, torch.device(options.device))
-    print(f"{about}, {'bf16' if bf16 else 'fp32'}, {options.device}; {measured_on(options.threads)}")
+    precision = settled_precision(options.precision, torch.device(options.device))
+    print(f"{about}, {precision}, {options.device}; {measured_on(options.threads)}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from benchmarks.results import hardware, write_page
 from ghostify.deployment.pruning import pruned
 from ghostify.distillation import LOSSES, DataOptions, Splits
 from ghostify.distillation.checkpoint import snapshot, write_weights
-from ghostify.distillation.optimisation import uses_bf16
+from ghostify.distillation.optimisation import settled_precision
 from ghostify.files import atomic_file
 from ghostify.tracing.counting import count_macs, count_params
 
@@ -190,7 +190,7 @@ def trained(case: Case, student: nn.Module, teacher: nn.Module, data: Splits, fo
         "validation": [100 * (epoch.val_accuracy or 0) for epoch in done.history],
         "best_epoch": done.best_epoch,
         "seconds": sum(epoch.seconds or 0 for epoch in done.history),
-        "precision": "bf16" if uses_bf16(config.precision, next(student.parameters()).device) else "fp32",
+        "precision": settled_precision(config.precision, next(student.parameters()).device),
     }
 
 

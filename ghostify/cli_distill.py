@@ -40,7 +40,7 @@ def distill_command(
     patience: Annotated[int | None, typer.Option(help="stop after so many epochs without a better one")] = None,
     batch_size: Batch = 128,
     accumulate: Annotated[int, typer.Option(min=1, help="parts in which a batch is computed")] = 1,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
     cache_teacher: Annotated[
         bool, typer.Option("--cache-teacher", help="ask the teacher once about every image; none is augmented then")
     ] = False,

@@ -52,17 +52,18 @@ class Reader:
         device: Where the models are.
         dtype: Of the models' parameters.
         channels_last: Give 4-d inputs in that memory format.
-        bf16: Compute in bfloat16 where that is safe.
+        precision: ``"bf16"`` or ``"fp16"`` to compute in that where it is safe; ``"fp32"`` leaves it to the models.
     """
 
     device: torch.device
     dtype: torch.dtype
     channels_last: bool
-    bf16: bool = False
+    precision: str = "fp32"
 
     def autocast(self) -> torch.autocast:
         """The context that both models run in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, half, enabled=half is not None)
 
     def read(self, batch: Any, name: str) -> Batch:
         """Take a batch apart and move it to the models.

@@ -16,7 +16,7 @@ from ghostify.errors import OptionError
 
 SCHEDULES = ("one-cycle", "cosine")
 OPTIMIZERS = ("sgd", "adamw")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class DistillConfig:
         state_every: With ``out``, steps after which the state of the run is written down, to go on from.
         tensorboard: With ``out``, write events for TensorBoard beside the CSV files.
         clip_norm: Longest gradient over all parameters, or ``None`` for no clipping.
-        precision: ``"bf16"`` or ``"fp32"``; ``"auto"`` is bf16 where the hardware has it.
+        precision: ``"fp32"``, ``"bf16"``, or ``"fp16"`` (the loss is multiplied, as its range is small); ``"auto"``
+            is bf16 where the hardware has it, else fp32.
         channels_last: Give 4-d inputs in the memory format that convolutions run fastest in.
         seed: Of everything random in the run.
         progress: Show a progress bar; ``None`` shows it on a terminal only.

@@ -67,6 +67,8 @@ class Learner:
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(student, config)
         self.optimizer.zero_grad()
+        # In half precision small gradients would vanish: the loss is multiplied, and the gradients are divided again.
+        self.scaler = torch.amp.GradScaler(reader.device.type, enabled=reader.precision == "fp16")
         self.average = (
             None
             if config.ema is None
@@ -115,18 +117,19 @@ class Learner:
                 loss = self._loss(part)
                 # The gradients of processes are averaged, those of parts added up; examples are to count alike.
                 weight = len(part.inputs) * self.processes.count / everyone if own else 0.0
-                (loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach() * (len(part.inputs) if own else 0)
         norm = self._clipped_norm()
-        finite = torch.isfinite(loss_sum + norm)
+        finite = torch.isfinite(loss_sum if self._may_overflow else loss_sum + norm)
         if self.processes.count == 1:
             return Step(loss_sum, finite, everyone, torch.tensor(int(stop)))
         sums = self.processes.sum(torch.stack([loss_sum, (~finite).double(), torch.full_like(loss_sum, float(stop))]))
         return Step(sums[0], sums[1] == 0, everyone, sums[2])
 
     def update(self) -> None:
-        """Take the step whose gradients are there."""
-        self.optimizer.step()
+        """Take the step whose gradients are there; in half precision not where one of them was too large."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.student)
@@ -141,8 +144,14 @@ class Learner:
             loss = loss + self.config.feature_weight * self.taps.loss(self.config.feature_loss)
         return loss
 
+    @property
+    def _may_overflow(self) -> bool:
+        """Whether a gradient that is not finite may be due to the factor of the loss, which is then halved."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
     def _clipped_norm(self) -> Tensor:
         """The length of the whole gradient before it is clipped, if it is."""
+        self.scaler.unscale_(self.optimizer)
         if self.config.clip_norm is not None:
             return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])

@@ -87,7 +87,7 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
     if not bool(torch.isfinite(wanted).all()):
         raise TrainingError(
             f"teacher ({type(teacher).__name__}) gives scores that are not finite on the first batch of {name}. "
-            "Check its weights and the normalisation of the inputs."
+            "Check its weights and the normalisation of the inputs, or pass precision='fp32'."
         )
     if not bool(torch.isfinite(scores).all()):
         raise TrainingError(

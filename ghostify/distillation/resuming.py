@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ghostify.distillation.checkpoint import State, snapshot
@@ -74,6 +75,7 @@ class States:
         if learner.average is not None:
             parts["average"] = snapshot(learner.average)
         parts["optimizer"] = optimizer_tensors(learner.optimizer)
+        parts["scaler"] = {name: torch.tensor(value) for name, value in learner.scaler.state_dict().items()}
         tensors = {
             f"{part}:{name}": value
             for part, values in parts.items()
@@ -129,6 +131,7 @@ def restore(found: Found, learner: Learner) -> tuple[Progress, State, State]:
     if learner.average is not None:
         learner.average.load_state_dict(completed(part("average"), learner.average))
     restore_optimizer(learner.optimizer, part("optimizer"))
+    learner.scaler.load_state_dict({name: value.item() for name, value in part("scaler").items()})
     last, best = part("last"), part("best")
     last_state = completed(last, student)
     return progress, last_state, completed(best, student) if best else last_state

@@ -24,7 +24,7 @@ from ghostify.distillation.features import FeatureTaps
 from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
-from ghostify.distillation.optimisation import learning_rate, uses_bf16
+from ghostify.distillation.optimisation import learning_rate, settled_precision
 from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
 from ghostify.distillation.processes import launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
@@ -119,7 +119,7 @@ def distill(
             raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
     steps = epochs * steps_per_epoch
     processes = launched(device)
-    reader = Reader(device, parameter.dtype, config.channels_last, uses_bf16(config.precision, device))
+    reader = Reader(device, parameter.dtype, config.channels_last, settled_precision(config.precision, device))
     steps_per_look = _steps_per_look(device)
     states = None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, config)
     found = find_state(states, resume=resume)

@@ -117,7 +117,7 @@ def test_the_epochs_loss_is_a_mean_over_images_not_batches() -> None:
     assert run.history[0].loss == pytest.approx((6 * 0 + 2 * 4) / 8)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_two_runs_are_bit_identical_and_another_seed_is_not(precision: str) -> None:
     results = []
     for seed in (0, 0, 1):

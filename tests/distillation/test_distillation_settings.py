@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ghostify.distillation import DistillConfig, distillation_loss
-from ghostify.distillation.optimisation import build_optimizer, learning_rate, parameter_groups, uses_bf16
+from ghostify.distillation.optimisation import build_optimizer, learning_rate, parameter_groups, settled_precision
 from ghostify.errors import OptionError
 
 
@@ -83,11 +83,11 @@ def test_adamw_is_built_with_its_groups() -> None:
 def test_precision_follows_the_hardware_only_when_automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
-    assert uses_bf16("auto", cpu)
-    assert not uses_bf16("fp32", cpu)
+    assert settled_precision("auto", cpu) == "bf16"
+    assert settled_precision("fp32", cpu) == "fp32"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    assert not uses_bf16("auto", cpu)
-    assert uses_bf16("bf16", cpu)
+    assert settled_precision("auto", cpu) == "fp32"
+    assert [settled_precision(name, cpu) for name in ("bf16", "fp16")] == ["bf16", "fp16"]
 
 
 def test_a_function_is_taken_where_a_loss_is_named() -> None:
@@ -134,7 +134,7 @@ def test_layers_are_a_tuple_and_settings_are_json() -> None:
         ({"seed": 1.5}, "seed=1.5"),
         ({"schedule": "onecycle"}, "schedule='onecycle'.*Did you mean 'one-cycle'"),
         ({"optimizer": "adam"}, "optimizer='adam'.*Did you mean 'adamw'"),
-        ({"precision": "fp16"}, "precision='fp16'.*'fp32'"),
+        ({"precision": "fp64"}, "precision='fp64'.*'fp32'"),
         ({"loss": "kdd"}, "loss='kdd'.*Did you mean 'kd'"),
         ({"loss": None}, "loss=None"),
         ({"features": "site"}, "features='site' cannot be used. Pass 'sites'"),
