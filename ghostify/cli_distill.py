@@ -45,6 +45,9 @@ def distill_command(
         bool, typer.Option("--cache-teacher", help="ask the teacher once about every image; none is augmented then")
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="compile both networks")] = False,
+    freeze_norms: Annotated[
+        bool, typer.Option("--freeze-norms", help="leave the norms' statistics as they are")
+    ] = False,
     sync_norms: Annotated[bool, typer.Option("--sync-norms", help="norms see the rows of all processes")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in OUT, if there is one")] = False,
@@ -84,6 +87,7 @@ def distill_command(
         precision=precision,
         cache_teacher=cache_teacher,
         compile=compiled,
+        freeze_norms=freeze_norms,
         sync_norms=sync_norms,
         state_every=state_every,
         tensorboard=tensorboard,

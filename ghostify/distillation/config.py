@@ -46,6 +46,8 @@ class DistillConfig:
         patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
         accumulate: Compute a batch in so many parts, for one that is too large for the memory. What is learned is
             the same, but for batch norms, which see one part at a time.
+        freeze_norms: Leave the batch norms' statistics as they came, for a good start and few images or small batches,
+            whose own are poorer.
         sync_norms: With several processes, let batch norms see the rows of all of them (on GPUs only).
         state_every: With ``out``, steps after which the state of the run is written down, to go on from.
         tensorboard: With ``out``, write events for TensorBoard beside the CSV files.
@@ -78,6 +80,7 @@ class DistillConfig:
     compile: bool = False
     patience: int | None = None
     accumulate: int = 1
+    freeze_norms: bool = False
     sync_norms: bool = False
     state_every: int = 1000
     tensorboard: bool = False
@@ -105,7 +108,7 @@ class DistillConfig:
         _number("mixup", self.mixup, least=0.0)
         if self.ema is not None:
             _number("ema", self.ema, above=0.0, below=1.0)
-        for name in ("cache_teacher", "compile", "sync_norms", "tensorboard"):
+        for name in ("cache_teacher", "compile", "freeze_norms", "sync_norms", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.patience is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ghostify.distillation.answers import KnownAnswers
@@ -82,6 +83,14 @@ class Learner:
     def kept(self) -> nn.Module:
         """The network that is scored and kept: the average if there is one."""
         return self.student if self.average is None else self.average.module
+
+    def train(self) -> None:
+        """Put the student into training mode, but for norms that are to stay as they are."""
+        self.student.train()
+        if self.config.freeze_norms:
+            for module in self.student.modules():
+                if isinstance(module, _BatchNorm):
+                    module.training = False
 
     def step(self, item: Item, rate: float, *, stop: bool) -> Step:
         """Compute the gradients of one batch.

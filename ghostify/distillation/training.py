@@ -205,7 +205,7 @@ def distill(
                 epoch, step = progress.epoch, progress.step - 1
                 rate = learning_rate(max(0, (epoch - 1) * steps_per_epoch + step), steps, config)
                 began, examples_before = time.perf_counter(), progress.examples
-                student.train()
+                learner.train()
                 loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
                 finite = torch.tensor(progress.step, device=device)  # steps that were
 

@@ -51,6 +51,17 @@ def test_a_batch_in_parts_teaches_the_same() -> None:
     assert not close(whole.state_dict(), network(2).state_dict(), 1e-3)
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_norms_that_are_frozen_keep_their_statistics_and_learn_the_rest(freeze: bool) -> None:
+    student, start = network(2, nn.BatchNorm2d), network(2, nn.BatchNorm2d)
+    config = DistillConfig(lr=0.05, freeze_norms=freeze, precision="fp32")
+    distill(student, teacher=network(1), data=batches(), val=batches(), epochs=2, config=config)
+    assert torch.equal(student[1].running_mean, start[1].running_mean) == freeze
+    assert torch.equal(student[1].running_var, start[1].running_var) == freeze
+    assert not torch.equal(student[1].weight, start[1].weight)
+    assert all(module.training for module in student.modules())
+
+
 def test_the_average_is_what_is_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[dict[str, torch.Tensor]] = []
     update = training_module.Learner.update
