@@ -28,12 +28,14 @@ OPERATORS = {**LAYERS, **FUNCTIONS}
 _TOLERANCE = 1e-3
 # Tried in turn for a side that the file leaves open.
 _OPEN_SIDES = (64, 224, 32)
-# Operators that are carried out at once on constants; none makes much more than it reads but the first.
+# Operators that are carried out at once on constants.
 _FOLDED = {
     "ConstantOfShape", "Add", "Cast", "Concat", "Div", "Floor", "Gather", "Mul", "Reshape", "Shape", "Slice", "Squeeze",
     "Sub", "Transpose", "Unsqueeze",
 }  # fmt: skip
-_LARGEST_CONSTANT = 2**20
+_BROADCAST = {"Add", "Div", "Mul", "Sub"}
+# Numbers that they may make in all, beside so many times as many as the file's weights have.
+_CONSTANTS, _TIMES_WEIGHTS = 2**24, 4
 _LARGEST_INPUT = 2**28
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 
@@ -77,7 +79,9 @@ def _built(proto: Any) -> fx.GraphModule:
         if _kind(node) not in OPERATORS.keys() | _FOLDED:
             raise Unreadable(f"{_where(node, number)} is none of the {len(OPERATORS)} that are read")
     build = Builder()
-    values: dict[str, Value] = {tensor.name: _array(tensor) for tensor in proto.graph.initializer}
+    weights = {tensor.name: _array(tensor) for tensor in proto.graph.initializer}
+    room = _CONSTANTS + _TIMES_WEIGHTS * sum(weight.size for weight in weights.values())
+    values: dict[str, Value] = {**weights}
     inputs = [entry for entry in proto.graph.input if entry.name not in values]
     shapes = _known_shapes(onnx, proto)
     for number, entry in enumerate(inputs):
@@ -91,7 +95,8 @@ def _built(proto: Any) -> fx.GraphModule:
         if missing is not None:
             raise Unreadable(f"{where} reads {missing!r}, which nothing makes before it")
         if kind in _FOLDED and all(isinstance(values.get(name), np.ndarray) for name in node.input if name):
-            values[node.output[0]] = _folded(onnx, proto, node, values, where)
+            given = {name: np.asarray(values[name]) for name in node.input if name}
+            values[node.output[0]], room = _folded(onnx, proto, node, given, where, room)
             continue
         if kind == "Split" and not all(node.output):
             raise Unreadable(f"{where} leaves out an output, on which onnxruntime crashes")
@@ -138,22 +143,37 @@ def _where(node: Any, number: int) -> str:
     return f"operator {_kind(node)} (node {node.name or number!r})"
 
 
-def _folded(onnx: Any, proto: Any, node: Any, values: dict[str, Value], where: str) -> Array:
-    """What an operator makes of constants alone."""
+def _folded(onnx: Any, proto: Any, node: Any, given: dict[str, Array], where: str, room: int) -> tuple[Array, int]:
+    """What an operator makes of constants alone, and the room that it leaves: small files could make any number."""
     reference = require("onnx.reference", extra="onnx")
-    given = {name: values[name] for name in node.input if name}
     try:
-        first = np.asarray(given[node.input[0]])
-        if node.op_type == "ConstantOfShape" and math.prod(first.tolist()) > _LARGEST_CONSTANT:
-            raise Unreadable(f"{where} makes more than {_LARGEST_CONSTANT:,} numbers")
+        if (made := _numbers_made(node, [given[name] for name in node.input if name])) > room:
+            raise Unreadable(
+                f"{where} makes {made:,} numbers of constants, more than the {room:,} that are still allowed"
+            )
         unknown = [onnx.helper.make_value_info(name, onnx.TypeProto()) for name in (*given, node.output[0])]
         graph = onnx.helper.make_graph([node], "constants", unknown[:-1], unknown[-1:])
         alone = onnx.helper.make_model(graph, opset_imports=proto.opset_import)
-        return np.asarray(reference.ReferenceEvaluator(alone).run(None, given)[0])
+        return np.asarray(reference.ReferenceEvaluator(alone).run(None, given)[0]), room - made
     except Unreadable:
         raise
     except Exception as error:  # numbers and shapes that do not fit each other
         raise Unreadable(f"{where} does not fit its inputs: {type(error).__name__}: {error}") from error
+
+
+def _numbers_made(node: Any, given: list[Array]) -> int:
+    """How many numbers an operator makes of constants, at most."""
+    kind, first = node.op_type, given[0]
+    if kind == "ConstantOfShape":
+        return int(math.prod(first.tolist()))
+    if kind in _BROADCAST:
+        return math.prod(np.broadcast_shapes(*(array.shape for array in given)))
+    if kind == "Concat":
+        return sum(array.size for array in given)
+    if kind == "Gather":
+        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 0)
+        return first.size // max(first.shape[axis], 1) * given[1].size
+    return max(first.size, first.ndim)
 
 
 def _array(tensor: Any) -> Array:
@@ -176,7 +196,7 @@ def _attribute(onnx: Any, entry: Any) -> Any:
 def _known_shapes(onnx: Any, proto: Any) -> dict[str, tuple[int | None, ...]]:
     """Sides of every tensor that shape inference tells, ``None`` for those that are open."""
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(proto)
     except Exception as error:
         raise Unreadable(f"its shapes contradict each other: {error}") from error
     return {
