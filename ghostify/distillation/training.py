@@ -26,7 +26,7 @@ from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
 from ghostify.distillation.optimisation import learning_rate, settled_precision
 from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
-from ghostify.distillation.processes import launched, read_epoch
+from ghostify.distillation.processes import Processes, launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state, reseed
 from ghostify.distillation.resuming import States, find_state, restore
@@ -167,7 +167,12 @@ def distill(
                         with torch.no_grad():
                             taps.loss(config.feature_loss)
 
-        answers = KnownAnswers(teacher, data, steps_per_epoch, reader) if config.cache_teacher else None
+        answers = None
+        if config.cache_teacher and not (found and found[0].finished):
+            # As in the last epoch: so the answers are the same to the bit in every run, and what is not the same in
+            # every epoch is found at the first step.
+            items = read_epoch(data, epochs, 0, processes=Processes(), seed=config.seed, device=device)
+            answers = KnownAnswers(teacher, (item.value for item in items), steps_per_epoch, reader)
         learner = Learner(student, teacher, config, processes, reader, taps, answers)
         validating = 0.0  # seconds
         if found is None:
