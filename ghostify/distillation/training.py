@@ -108,7 +108,7 @@ def distill(
     folder = None if out is None else Path(out)
 
     # What can be known beforehand is checked beforehand.
-    check_models(student, teacher, epochs)
+    check_models(student, teacher, epochs, config.precision)
     parameter = next(parameter for parameter in student.parameters() if parameter.requires_grad)
     device = parameter.device
     with preserved_random_state(device):  # what has no length is gone through, and may draw
@@ -209,7 +209,7 @@ def distill(
             while not progress.finished:
                 epoch, step = progress.epoch, progress.step - 1
                 rate = learning_rate(max(0, (epoch - 1) * steps_per_epoch + step), steps, config)
-                began, examples_before = time.perf_counter(), progress.examples
+                began, examples_before, updates_before = time.perf_counter(), progress.examples, learner.updates
                 student.train()
                 loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
                 finite = torch.tensor(progress.step, device=device)  # steps that were
@@ -261,6 +261,12 @@ def distill(
                         "data says that it has %d batches and yields %d: the learning rate follows the former",
                         steps_per_epoch,
                         step + 1,
+                    )
+                if learner.updates == updates_before and progress.examples > examples_before and processes.is_main:
+                    log.warning(
+                        "epoch %d taught nothing: in fp16 the gradients of every step were too large, or no numbers. "
+                        "If this goes on, pass precision='fp32'",
+                        epoch,
                     )
                 trained = time.perf_counter()
                 scores = scored(learner.kept)
