@@ -50,6 +50,7 @@ def test_the_whole_way(tmp_path):
     )  # fmt: skip
     assert distilled.returncode == 0, distilled.stderr
     assert [epoch["epoch"] for epoch in json.loads(distilled.stdout)] == [1]
+    assert json.loads((tmp_path / "run/history.json").read_text())["config"]["cache_teacher"]
     compared = ghostify(
         "compare", model, "run/student", "--data", "digits", "--history", "run/history.json", "--out", "page.html",
         "--json", folder=tmp_path,

@@ -167,7 +167,7 @@ def quantise_onnx(
         ArtefactError: The file given is none that can be read.
         ExportError: The network cannot be exported or quantised, or too few images get the same class; nothing
             is left under ``path`` then.
-        InputsError: There are no images, or they do not fit.
+        InputsError: There are no images, or they do not fit; or ``model`` is neither a network nor a file.
         MissingExtraError: The extra ``onnx`` is not installed.
         OutputError: The file cannot be written.
     """

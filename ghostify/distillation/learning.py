@@ -70,6 +70,7 @@ class Learner:
         self.optimizer.zero_grad()
         # In half precision small gradients would vanish: the loss is multiplied, and the gradients are divided again.
         self.scaler = torch.amp.GradScaler(reader.device.type, enabled=reader.precision == "fp16")
+        self.updates = 0  # without those that were left out
         self.average = (
             None
             if config.ema is None
@@ -137,8 +138,10 @@ class Learner:
 
     def update(self) -> None:
         """Take the step whose gradients are there; in half precision not where one of them was too large."""
+        factor = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.updates += self.scaler.get_scale() >= factor
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.student)

@@ -20,12 +20,12 @@ from ghostify.tracing.example import evaluating, require_module
 _ENOUGH_LABELS = 200
 
 
-def check_models(student: nn.Module, teacher: nn.Module, epochs: int) -> None:
+def check_models(student: nn.Module, teacher: nn.Module, epochs: int, precision: str) -> None:
     """See that there is something to train, and that training it leaves the teacher alone.
 
     Raises:
         InputsError: One of them is no module.
-        OptionError: ``epochs`` is not a whole number of at least 1.
+        OptionError: ``epochs`` is not a whole number of at least 1, or ``precision`` does not suit the weights.
         TrainingError: The two are one model, share tensors, or are on different devices; or nothing is trainable.
     """
     require_module(student, "student")
@@ -43,6 +43,13 @@ def check_models(student: nn.Module, teacher: nn.Module, epochs: int) -> None:
         raise TrainingError(
             f"student ({type(student).__name__}) has {len(parameters)} parameters and none with requires_grad=True. "
             "Call student.requires_grad_(True)."
+        )
+    halves = {name: p.dtype for name, p in trainable.items() if p.dtype in (torch.float16, torch.bfloat16)}
+    if precision == "fp16" and halves:
+        name, dtype = next(iter(halves.items()))
+        raise OptionError(
+            f"precision='fp16' computes in half precision from full weights, and student's {name!r} is {dtype}. Pass "
+            "both models as .float(), or precision='fp32', which leaves the kind of numbers to the models."
         )
     written = {**trainable, **{name: b for name, b in student.named_buffers() if b.is_floating_point()}}
     owned = {_memory(tensor) for tensor in (*teacher.parameters(), *teacher.buffers()) if tensor.numel()}

@@ -101,7 +101,9 @@ class Processes:
         if self.count == 1:
             return
         size, values = len(batch.inputs), batch.inputs.double()
-        everyones = self._everyones(torch.stack([values.new_tensor(size), values.sum(), values.square().sum()]))
+        places = torch.arange(1, size + 1, dtype=values.dtype, device=values.device)
+        squares = values.square().reshape(size, -1).sum(1)  # of each example: in another order they are others
+        everyones = self._everyones(torch.stack([places[-1], values.sum(), squares.sum(), squares @ places]))
         for rank, facts in enumerate(everyones):
             # Kinds of processors may add up in another order.
             if not torch.allclose(facts, everyones[0], rtol=1e-6, equal_nan=True):

@@ -26,7 +26,7 @@ from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
 from ghostify.distillation.optimisation import learning_rate, settled_precision
 from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
-from ghostify.distillation.processes import launched, read_epoch
+from ghostify.distillation.processes import Processes, launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state, reseed
 from ghostify.distillation.resuming import States, find_state, restore
@@ -108,7 +108,7 @@ def distill(
     folder = None if out is None else Path(out)
 
     # What can be known beforehand is checked beforehand.
-    check_models(student, teacher, epochs)
+    check_models(student, teacher, epochs, config.precision)
     parameter = next(parameter for parameter in student.parameters() if parameter.requires_grad)
     device = parameter.device
     with preserved_random_state(device):  # what has no length is gone through, and may draw
@@ -167,7 +167,12 @@ def distill(
                         with torch.no_grad():
                             taps.loss(config.feature_loss)
 
-        answers = KnownAnswers(teacher, data, steps_per_epoch, reader) if config.cache_teacher else None
+        answers = None
+        if config.cache_teacher and not (found and found[0].finished):
+            # As in the last epoch: so the answers are the same to the bit in every run, and what is not the same in
+            # every epoch is found at the first step.
+            items = read_epoch(data, epochs, 0, processes=Processes(), seed=config.seed, device=device)
+            answers = KnownAnswers(teacher, (item.value for item in items), steps_per_epoch, reader)
         learner = Learner(student, teacher, config, processes, reader, taps, answers)
         validating = 0.0  # seconds
         if found is None:
@@ -204,7 +209,7 @@ def distill(
             while not progress.finished:
                 epoch, step = progress.epoch, progress.step - 1
                 rate = learning_rate(max(0, (epoch - 1) * steps_per_epoch + step), steps, config)
-                began, examples_before = time.perf_counter(), progress.examples
+                began, examples_before, updates_before = time.perf_counter(), progress.examples, learner.updates
                 learner.train()
                 loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
                 finite = torch.tensor(progress.step, device=device)  # steps that were
@@ -256,6 +261,12 @@ def distill(
                         "data says that it has %d batches and yields %d: the learning rate follows the former",
                         steps_per_epoch,
                         step + 1,
+                    )
+                if learner.updates == updates_before and progress.examples > examples_before and processes.is_main:
+                    log.warning(
+                        "epoch %d taught nothing: in fp16 the gradients of every step were too large, or no numbers. "
+                        "If this goes on, pass precision='fp32'",
+                        epoch,
                     )
                 trained = time.perf_counter()
                 scores = scored(learner.kept)

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import platform
 import subprocess
@@ -6,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ghostify.backends import memory
+from ghostify.backends import memory, runners
 from ghostify.backends.memory import retained_memory
 
 # Pages that the system has to clear for a large tensor. A process of its own: what an allocator does depends on all
@@ -47,6 +48,22 @@ def test_memory_is_kept_while_it_is_open_and_no_longer():
 def test_settings_of_the_environment_stand():
     before, inside, _ = faults(MALLOC_MMAP_THRESHOLD_="1000000")
     assert inside > before / 2
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_what_is_timed_runs_with_memory_that_is_kept(monkeypatch, name):
+    opened = []
+
+    @contextlib.contextmanager
+    def noted(device):
+        opened.append(device.type)
+        yield
+        opened.append("closed")
+
+    monkeypatch.setattr(runners, "retained_memory", noted)
+    with runners.running(runners.Backend(name)):
+        assert opened == ["cpu"]
+    assert opened == ["cpu", "closed"]
 
 
 def test_accelerators_are_left_alone(monkeypatch):

@@ -245,15 +245,19 @@ REFUSED = {
     "huge constant": ([("ConstantOfShape", [whole(2**40)], ["c"], {}), ("Add", ["x", "c"], ["y"], {})], "more than"),
     "constants that grow by broadcasting": (
         [
-            ("ConstantOfShape", [whole(2**13, 1)], ["a"], {}), ("ConstantOfShape", [whole(2**13)], ["b"], {}),
-            ("Mul", ["a", "b"], ["c"], {}), ("Add", ["x", "c"], ["y"], {}),
+            ("ConstantOfShape", [whole(2**13, 1)], ["a"], {}),
+            ("ConstantOfShape", [whole(2**13)], ["b"], {}),
+            ("Mul", ["a", "b"], ["c"], {}),
+            ("Add", ["x", "c"], ["y"], {}),
         ],
         "operator Mul .* makes 67,108,864 numbers of constants, more than the 16,760,",
     ),
     "constants that grow by being gathered": (
         [
-            ("ConstantOfShape", [whole(2**13)], ["a"], {}), ("Cast", ["a"], ["b"], {"to": 7}),
-            ("ConstantOfShape", [whole(1, 2**13)], ["c"], {}), ("Gather", ["c", "b"], ["d"], {"axis": 0}),
+            ("ConstantOfShape", [whole(2**13)], ["a"], {}),
+            ("Cast", ["a"], ["b"], {"to": 7}),
+            ("ConstantOfShape", [whole(1, 2**13)], ["c"], {}),
+            ("Gather", ["c", "b"], ["d"], {"axis": 0}),
             ("Add", ["x", "d"], ["y"], {}),
         ],
         "operator Gather .* makes 67,108,864 numbers",

@@ -1,12 +1,15 @@
 """Distillation in half precision: the factor of the loss, and what is too large for it."""
 
+import logging
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from ghostify.distillation import DistillConfig, ImageBatches, distill
 from ghostify.distillation import training as training_module
-from ghostify.errors import NonFiniteLossError
+from ghostify.errors import NonFiniteLossError, OptionError
 
 
 def network(seed: int) -> nn.Module:
@@ -27,7 +30,14 @@ def learned(precision: str, loss: object = "mse", lr: float = 0.02) -> tuple[nn.
 
 
 def test_half_precision_learns_what_full_precision_does() -> None:
-    (_, half), (_, full) = learned("fp16"), learned("fp32")
+    kinds: set[torch.dtype] = set()
+
+    def noting(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+        kinds.update({student.dtype, teacher.dtype})
+        return (student.float() - teacher.float()).square().mean()
+
+    (_, half), (_, full) = learned("fp16", noting), learned("fp32")
+    assert kinds == {torch.float16}
     assert half == pytest.approx(full, rel=0.02)
     assert half != full
     assert half[-1] < 0.5 * half[0]
@@ -63,10 +73,49 @@ def test_a_step_with_a_gradient_that_is_too_large_is_left_out(monkeypatch: pytes
     assert losses[-1] < losses[0]
 
 
-def test_a_gradient_that_is_never_finite_ends_the_run() -> None:
-    def broken(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-        return (0 * student.float().sum()).sqrt()  # 0, and its gradient 0 / 0
+def interrupt(*_: object) -> bool:
+    raise KeyboardInterrupt
 
+
+def broken(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    return (0 * student.float().sum()).sqrt()  # 0, and its gradient 0 / 0
+
+
+def test_a_gradient_that_is_never_finite_ends_the_run() -> None:
     student, config = network(2), DistillConfig(precision="fp16", loss=broken)
     with pytest.raises(NonFiniteLossError, match=r"its gradient is not finite at epoch=2, step=1.*precision='fp32'"):
         distill(student, teacher=network(1), data=batches(batch_size=4), epochs=2, config=config)
+
+
+def test_an_epoch_whose_steps_were_all_left_out_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        learned("fp16")
+    assert "taught nothing" not in caplog.text
+    student, config = network(2), DistillConfig(precision="fp16", loss=broken)
+    with caplog.at_level(logging.WARNING):
+        distill(student, teacher=network(1), data=batches(), epochs=1, config=config)
+    assert torch.equal(student[0].weight, network(2)[0].weight)
+    assert "epoch 1 taught nothing: in fp16" in caplog.text
+
+
+def test_an_epoch_whose_steps_were_done_before_is_not_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(*, resume: bool) -> None:
+        config = DistillConfig(lr=0.02, state_every=1)
+        distill(network(2), teacher=network(1), data=batches(), epochs=1, out=tmp_path, config=config, resume=resume)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training_module, "_is_healthy", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(resume=False)
+    caplog.clear()
+    run(resume=True)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_named(dtype: torch.dtype) -> None:
+    config = DistillConfig(precision="fp16")
+    with pytest.raises(OptionError, match=f"student's '0.weight' is {dtype}.*Pass both models as .float()"):
+        distill(network(2).to(dtype), teacher=network(1).to(dtype), data=batches(), config=config)

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ghostify.distillation import DistillConfig, FeatureTaps, ImageBatches, distill
 from ghostify.distillation import processes as processes_module
 from ghostify.distillation import training as training_module
+from ghostify.distillation.batches import Batch
 from ghostify.distillation.learning import swapped_norms
 from ghostify.distillation.processes import Processes, read_epoch
 from ghostify.errors import InputsError, OptionError, TrainingError
@@ -251,6 +253,23 @@ def refused(rank: int) -> None:
     loader = torch.utils.data.DataLoader(images, batch_size=8, sampler=halves)
     with pytest.raises(InputsError, match="process 1 reads another first batch of data"):
         distill(network(2, FrozenNorm), teacher=network(1), data=loader, epochs=1, config=FROZEN)
+
+
+@pytest.mark.parametrize("other", ["size", "values", "order", "same"])
+def test_processes_compare_their_first_batches(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    gathered: list[torch.Tensor] = []
+
+    def gather(everyones: list[torch.Tensor], own: torch.Tensor) -> None:
+        gathered.append(own)
+        for everyone, value in zip(everyones, [gathered[0], own], strict=True):
+            everyone.copy_(value)
+
+    monkeypatch.setattr(processes_module.dist, "all_gather", gather)
+    inputs = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mine = {"size": inputs[:7], "values": inputs + 1, "order": inputs.flip(0), "same": inputs.clone()}[other]
+    Processes(0, 2).check_data(Batch(inputs, None), "data")
+    with nullcontext() if other == "same" else pytest.raises(InputsError, match="process 1 reads another first batch"):
+        Processes(1, 2).check_data(Batch(mine, None), "data")
 
 
 def test_data_that_are_shared_out_already_are_refused() -> None:

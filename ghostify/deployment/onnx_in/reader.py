@@ -171,8 +171,8 @@ def _numbers_made(node: Any, given: list[Array]) -> int:
     if kind == "Concat":
         return sum(array.size for array in given)
     if kind == "Gather":
-        axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 0)
-        return first.size // max(first.shape[axis], 1) * given[1].size
+        axis: int = next((entry.i for entry in node.attribute if entry.name == "axis"), 0)
+        return int(first.size // max(first.shape[axis], 1) * given[1].size)
     return max(first.size, first.ndim)
 
 
