@@ -4,11 +4,8 @@ Times are made up where a rule is tested: a runner that takes as long as a table
 """
 
 import dataclasses
-import functools
 import json
-import math
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,18 +13,15 @@ import torch
 from torch import nn
 
 import ghostify
-from ghostify.backends import runners
 from ghostify.backends.runners import Backend
-from ghostify.backends.timing import Effort, has_own_clock, interleaved
 from ghostify.cli import main
 from ghostify.errors import BudgetError, MissingExtraError, NothingToConvertError, OptionError
 from ghostify.nn.cifar import CifarResNet
 from ghostify.nn.folded import FoldedGhost
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning import latency, planner
-from ghostify.planning.layers import Layer, aligned
 from ghostify.spec import GhostSpec, Plan
-from ghostify.tracing import Example, trace
+from ghostify.tracing import trace
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -260,66 +254,6 @@ def test_the_frontier_of_latency(monkeypatch):
     assert [point.damage for point in curve] == sorted((point.damage for point in curve), reverse=True)
 
 
-def test_widths_are_whole_blocks():
-    site = next(site for site in trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 144, 1)), X).sites if site.order)
-    for ratio in (1.1, 1.5, 2, 3, 4):
-        spec = aligned(site, GhostSpec(ratio))
-        assert spec.intrinsic_channels(144) % 16 == 0
-        assert spec.intrinsic_channels(144) >= GhostSpec(ratio).intrinsic_channels(144)
-    assert aligned(site, GhostSpec(144)).intrinsic_channels(144) == 16
-
-
-@pytest.mark.parametrize("spec", [None, GhostSpec(2), GhostSpec(1.5, fusion="add"), GhostSpec(2, placement="paper")])
-@pytest.mark.parametrize("fold", [False, True])
-def test_a_layer_is_timed_with_what_follows_it(spec, fold):
-    facts = trace(net(), X)
-    sites = {site.name: site for site in facts.sites}
-    inner, closing = (Layer.of(sites[f"layer1.0.conv{number}"], facts) for number in (1, 2))
-    assert isinstance(inner.activation, nn.ReLU)
-    assert not inner.follower.adds
-    assert closing.follower.adds
-    for layer in (inner, closing):
-        example = layer.example(2)
-        made = layer.network(spec, fold=fold)(*example.args)
-        assert made.shape == (2, 16, 16, 16)
-        assert len(example.args) == (2 if layer.follower.adds else 1)
-    assert inner.key != closing.key
-    assert inner.key == Layer.of(sites["layer1.0.conv1"], facts).key
-
-
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-def test_backends_run_what_they_are_given(backend):
-    if backend == "onnxruntime":
-        pytest.importorskip("onnxruntime")
-    facts = trace(net(), X)
-    layer = Layer.of(facts.sites[2], facts)
-    networks = [layer.network(spec, fold=backend == "onnxruntime") for spec in (None, GhostSpec(2), GhostSpec(4))]
-    example = layer.example(2)
-    runs = runners.runs_of(Backend(backend), networks, example)
-    for run, network in zip(runs, networks, strict=True):
-        made = run()
-        made = torch.from_numpy(made[0]) if backend == "onnxruntime" else made
-        torch.testing.assert_close(made, network(*example.args), rtol=1e-3, atol=1e-4)
-
-
-class Compiled(nn.Module):
-    """Tells whether it runs compiled: adds a number of its own then."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-
-    def forward(self, x):
-        return x + self.number if torch.compiler.is_compiling() else x
-
-
-def test_every_choice_is_compiled(monkeypatch):
-    """torch compiles one forward for eight modules, and runs the ninth as it is."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    runs = runners.runs_of(Backend("torch-compile"), [Compiled(number) for number in range(1, 12)], Example((X,)))
-    assert [round(float((run() - X).mean())) for run in runs] == list(range(1, 12))
-
-
 def test_a_real_latency_is_planned_and_measured(capsys):
     pytest.importorskip("onnxruntime")
     model = CifarResNet(1, width=32).eval()
@@ -352,12 +286,6 @@ def test_options_that_cannot_be_used(options, told):
         ghostify.plan(net(), example_inputs=X, **options)
 
 
-@pytest.mark.parametrize(("name", "threads"), [("tensorrt", 1), ("torch", 0), ("torch", True), ("torch", 1.5)])
-def test_backends_that_cannot_be(name, threads):
-    with pytest.raises(OptionError, match=r"backend=|threads="):
-        Backend(name, threads)
-
-
 def test_the_command_plans_a_latency(monkeypatch, tmp_path, capsys):
     Clock(monkeypatch, by_share)
     (tmp_path / "made.py").write_text(
@@ -373,29 +301,6 @@ def test_the_command_plans_a_latency(monkeypatch, tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)["latency"]
     assert (told["backend"], told["threads"]) == ("torch", 2)
     assert told["converted_ms"] <= 0.85 * told["original_ms"]
-
-
-def test_rounds_stop_when_differences_are_known(monkeypatch):
-    ticks = iter(range(10**6))
-    monkeypatch.setattr("ghostify.backends.timing.time.perf_counter", lambda: next(ticks) * 1e-3)
-    effort = latency._LAYER
-    assert len(interleaved([int, int, int], effort, torch.device("cpu"), threads=2)) == effort.fewest
-    assert math.isclose(interleaved([int], effort, torch.device("cpu"), threads=2)[0, 0], 1.0)
-
-
-def test_one_thread_has_a_clock_of_its_own():
-    """Which stands still while it waits."""
-    effort = Effort(repeats=3, fewest=3, warmup=0)
-    times = [
-        interleaved([lambda: time.sleep(0.02)], effort, torch.device("cpu"), threads=threads) for threads in (1, 2)
-    ]
-    assert np.median(times[0]) < 10 < np.median(times[1])
-
-
-def test_the_clock_of_a_thread_is_too_coarse_on_windows(monkeypatch):
-    assert has_own_clock(torch.device("cpu"), 1)
-    monkeypatch.setattr("platform.system", lambda: "Windows")
-    assert not has_own_clock(torch.device("cpu"), 1)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_alone(monkeypatch, tmp_path):
