@@ -44,7 +44,7 @@ from ghostify.cli_options import (  # fmt: skip
 )
 from ghostify.conversion import INITIALISERS, apply
 from ghostify.deployment import export_onnx, save
-from ghostify.deployment.artefact import model_plan
+from ghostify.deployment.artefact import check_replaceable, model_plan
 from ghostify.errors import GhostifyError
 from ghostify.files import atomic_file
 from ghostify.planning import plan
@@ -90,18 +90,19 @@ def plan_command(
 ) -> None:
     """Show, before anything is changed, what happens to every convolution and what it saves."""
     check_none_ignored(context)
-    limits = read_budget(budget)
+    spec, overrides, limits = _spec(ratio, dw_size, fusion, placement), read_overrides(override), read_budget(budget)
+    chosen = chosen_backend(backend, threads, limits)
     network = load_model(model) if keep is None and not budget else trained(model, pretrained, weights)
     inputs = calibration_images(calibration, images, seed)
     made = plan(
         network,
         example_inputs=inputs[:1] if inputs is not None else example_for(network, model, input_shape),
-        spec=_spec(ratio, dw_size, fusion, placement),
+        spec=spec,
         skip=skip or (),
-        overrides=read_overrides(override),
+        overrides=overrides,
         keep=keep,
         budget=limits,
-        backend=chosen_backend(backend, threads, limits),
+        backend=chosen,
         sensitivity=sensitivity,
         calibration=inputs,
     )
@@ -142,22 +143,25 @@ def convert_command(
 ) -> None:
     """Replace convolutions by Ghost units that start from the old weights, and store the result, or export it."""
     check_none_ignored(context)
+    # What may be wrong is read before data, which take longer.
+    made = None if plan_file is None else Plan.from_json(read_text(plan_file))
+    spec, overrides, limits = _spec(ratio, dw_size, fusion, placement), read_overrides(override), read_budget(budget)
+    chosen = chosen_backend(backend, threads, limits)
+    if not is_onnx(str(out)):
+        check_replaceable(out)
     network = trained(model, pretrained, weights)
     inputs = calibration_images(calibration, images, seed)
     example = inputs[:1] if inputs is not None else example_for(network, model, input_shape)
-    if plan_file is not None:
-        made = Plan.from_json(read_text(plan_file))
-    else:
-        limits = read_budget(budget)
+    if made is None:
         made = plan(
             network,
             example_inputs=example,
-            spec=_spec(ratio, dw_size, fusion, placement),
+            spec=spec,
             skip=skip or (),
-            overrides=read_overrides(override),
+            overrides=overrides,
             keep=keep,
             budget=limits,
-            backend=chosen_backend(backend, threads, limits),
+            backend=chosen,
             sensitivity=sensitivity,
             calibration=inputs if keep is not None or budget else None,
         )

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from torch import Tensor, nn
 
+from ghostify.backends.runners import backend_installed
 from ghostify.cli_inputs import example_for, read_text, sample
 from ghostify.cli_options import (
     Images,
@@ -29,7 +30,9 @@ from ghostify.deployment import DeployedForms, FormsConfig, compare_deployed, lo
 from ghostify.distillation import Splits, load_data
 from ghostify.distillation.history import read_history
 from ghostify.errors import InputsError, OptionError
+from ghostify.extras import require
 from ghostify.reporting import compare
+from ghostify.reporting.report import check_format
 
 _WITH = ("int8", "pruning")
 
@@ -60,6 +63,9 @@ def compare_command(
 ) -> None:
     """Compare original and converted model: parameters, MACs, latency, and accuracy where data are given."""
     wanted = _read_with(beside, data)
+    for path in out or []:
+        check_format(path)
+    epochs = () if history is None else read_history(read_text(history))
     original = trained(model, pretrained, weights)
     small = load(student, base=original)
     splits = None if data is None else load_data(data)
@@ -70,7 +76,7 @@ def compare_command(
         small,
         example_inputs=example,
         data=None if splits is None else splits.test,
-        history=() if history is None else read_history(read_text(history)),
+        history=epochs,
     )
     for path in out or []:
         report.save(path)
@@ -92,13 +98,17 @@ def compare_command(
 
 
 def _read_with(text: str | None, data: str | None) -> list[str]:
-    """Read the names of ``--with``."""
+    """Read the names of ``--with``, and see that what they need is there."""
     names = [] if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in _WITH:
             raise OptionError(f"with={text!r}: {name!r} is unknown. Use int8, pruning, or int8,pruning.")
     if "int8" in names and data is None:
         raise InputsError(f"with={text!r}: 8-bit ranges come from images. Name a data set with --data, too.")
+    if names:
+        backend_installed("onnxruntime")
+    if "pruning" in names:
+        require("torch_pruning", extra="bench")
     return names
 
 

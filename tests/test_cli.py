@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ghostify import cli
 from ghostify.cli import app, main
 from ghostify.nn.cifar import resnet20
 from ghostify.spec import Plan
@@ -111,6 +112,26 @@ def test_a_network_without_trained_weights_is_told(called, tmp_path):
     torch.save(resnet20().state_dict(), tmp_path / "w.pth")
     status, _, told = called("compare", RESNET, "small", "--weights", "w.pth", "--json")
     assert (status, told) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--plan", "nowhere.json"), "nowhere.json"),
+        (("--budget", "weight=0.5"), "budget="),
+        (("--override", "conv1"), "conv1"),
+        (("--budget", "latency=0.5", "--backend", "abacus"), "backend='abacus' is unknown"),
+        (("--ratio", "0.5"), "ratio=0.5"),
+        (("--out", "full"), "holds other files"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_read(called, tmp_path, monkeypatch, arguments, told):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    monkeypatch.setattr(cli, "trained", lambda *given: pytest.fail("a network was read"))
+    status, _, error = called("convert", RESNET, "--out", "small", *arguments)
+    assert status == 1
+    assert told in error
 
 
 def test_bad_files_are_told(called, tmp_path):

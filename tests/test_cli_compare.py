@@ -1,8 +1,11 @@
 """The sub-command compare with --with."""
 
 import json
+import sys
 
 import pytest
+
+from ghostify import cli_compare
 
 pytestmark = pytest.mark.usefixtures("student")
 COMPARE = ("compare", "nets.py:net", "small", "--data", "pictures:images")
@@ -37,3 +40,21 @@ def test_what_cannot_be_compared_is_told_before_anything_is_measured(called):
     status, out, error = called("compare", "nets.py:net", "small", "--with", "int8", "--input-shape", "1,8,8")
     assert (status, out) == (1, "")
     assert "--data" in error
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "told"),
+    [
+        ("torch_pruning", ("--with", "pruning"), "ghostify[bench]"),
+        ("onnxruntime", ("--with", "int8"), "ghostify[onnx]"),
+        ("jinja2", ("--out", "page.html"), "ghostify[report]"),
+        ("nothing", ("--out", "page.doc"), "ends in '.doc', which names no format"),
+        ("nothing", ("--history", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_is_read(called, monkeypatch, missing, arguments, told):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(cli_compare, "trained", lambda *given: pytest.fail("a network was read"))
+    status, out, error = called(*COMPARE, *arguments)
+    assert (status, out) == (1, "")
+    assert told in error

@@ -13,6 +13,7 @@ import pydantic
 from ghostify.distillation.history import Epoch
 from ghostify.documents import STRICT, read_document
 from ghostify.errors import ArtefactError, OptionError
+from ghostify.extras import require
 from ghostify.files import atomic_file
 from ghostify.reporting.page import html
 from ghostify.reporting.rendering import csv_text, full_text, markdown, text
@@ -219,14 +220,26 @@ class Report:
             MissingExtraError: ``.html`` without the extra ``report``.
             OutputError: The file cannot be written.
         """
-        suffix = Path(path).suffix.lower()
-        if suffix not in _FORMATS:
-            raise OptionError(
-                f"path={str(path)!r} ends in {suffix!r}, which names no format. Use one of {', '.join(_FORMATS)}."
-            )
-        content = _FORMATS[suffix](self)
+        check_format(path)
+        content = _FORMATS[Path(path).suffix.lower()](self)
         with atomic_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8", newline="")
+
+
+def check_format(path: str | os.PathLike[str]) -> None:
+    """See that a report can be written to a file of this name, before there is one.
+
+    Raises:
+        OptionError: Its suffix names no format.
+        MissingExtraError: ``.html`` without the extra ``report``.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        raise OptionError(
+            f"path={str(path)!r} ends in {suffix!r}, which names no format. Use one of {', '.join(_FORMATS)}."
+        )
+    for module in ("jinja2", "matplotlib") if suffix == ".html" else ():
+        require(module, extra="report")
 
 
 _FORMATS: dict[str, Callable[[Report], str]] = {
