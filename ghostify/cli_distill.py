@@ -46,7 +46,7 @@ def distill_command(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="compile both networks")] = False,
     freeze_norms: Annotated[
-        bool, typer.Option("--freeze-norms", help="leave the norms' statistics as they are")
+        bool, typer.Option("--freeze-norms", help="leave batch norms' statistics as they are")
     ] = False,
     sync_norms: Annotated[bool, typer.Option("--sync-norms", help="norms see the rows of all processes")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",

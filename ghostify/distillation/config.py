@@ -120,6 +120,10 @@ class DistillConfig:
         if self.clip_norm is not None:
             _number("clip_norm", self.clip_norm, above=0.0)
         _whole("seed", self.seed, least=0)
+        if self.freeze_norms and self.sync_norms:
+            raise OptionError(
+                "freeze_norms=True with sync_norms=True: norms that are frozen see no rows. Leave one out."
+            )
         if self.cache_teacher and (self.mixup or self.features):
             other = f"mixup={self.mixup}" if self.mixup else f"features={self.features!r}"
             raise OptionError(f"cache_teacher=True with {other}: the teacher is needed at every step. Leave one out.")

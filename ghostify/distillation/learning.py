@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,9 +74,14 @@ class Learner:
         self.average = (
             None
             if config.ema is None
-            else AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            else AveragedModel(student, multi_avg_fn=_averaging(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
         )
         self.wrapped = processes.wrapped(student)
+        if config.freeze_norms and not self._norms:
+            raise OptionError(
+                f"freeze_norms=True: student ({type(student).__name__}) has no batch norm that could be left as it is. "
+                "Pass freeze_norms=False."
+            )
         self.forward: Callable[[Tensor], Any] = torch.compile(self.wrapped) if config.compile else self.wrapped
         self.teacher: Callable[[Tensor], Any] = answers or (torch.compile(teacher) if config.compile else teacher)
 
@@ -88,10 +93,12 @@ class Learner:
     def train(self) -> None:
         """Put the student into training mode, but for norms that are to stay as they are."""
         self.student.train()
-        if self.config.freeze_norms:
-            for module in self.student.modules():
-                if isinstance(module, _BatchNorm):
-                    module.training = False
+        for norm in self._norms if self.config.freeze_norms else ():
+            norm.training = False
+
+    @property
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.student.modules() if isinstance(module, _BatchNorm)]
 
     def step(self, item: Item, rate: float, *, stop: bool) -> Step:
         """Compute the gradients of one batch.
@@ -167,6 +174,20 @@ class Learner:
         if self.config.clip_norm is not None:
             return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+
+def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    """What a moving average does at a step; counts and the order of channels are taken as they are."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], steps: Tensor | int) -> None:
+        if averages[0].is_floating_point():  # they come by their kind of numbers
+            average(averages, values, steps)
+        else:
+            for kept, value in zip(averages, values, strict=True):
+                kept.copy_(value)
+
+    return update
 
 
 def objective(output: Tensor, wanted: Tensor, batch: Batch, config: DistillConfig) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import ghostify
 from ghostify.distillation import DistillConfig, FeatureTaps, ImageBatches, distill
 from ghostify.distillation import processes as processes_module
 from ghostify.distillation import training as training_module
@@ -80,6 +81,27 @@ def test_the_average_is_what_is_scored_and_kept(tmp_path: Path, monkeypatch: pyt
         get_ema_multi_avg_fn(0.7)(list(average.values()), list(later.values()), 1)
     assert close(student.state_dict(), average, 1e-6)
     assert not close(student.state_dict(), steps[-1], 1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9995])
+def test_the_average_of_a_ghost_network_keeps_the_order_of_its_channels(decay: float) -> None:
+    original = nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(64 * 16, 4))
+    images = next(iter(batches()))[0]
+    student = ghostify.convert(original, skip=["0"], example_inputs=images, initialiser="weights")
+    student[1].set_order(torch.arange(64).flip(0))
+    start = copy.deepcopy(student).eval()
+    config = DistillConfig(lr=1e-9, ema=decay, weight_decay=0.0, precision="fp32")
+    distill(student, teacher=original, data=batches(), epochs=3, config=config)
+    assert torch.equal(student[1].channel_order, start[1].channel_order)
+    with torch.no_grad():
+        torch.testing.assert_close(student.eval()(images), start(images), rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_norms_need_norms_and_see_no_rows_of_others() -> None:
+    with pytest.raises(OptionError, match=r"freeze_norms=True: student \(Sequential\) has no batch norm"):
+        distill(network(2), teacher=network(1), data=batches(), config=DistillConfig(freeze_norms=True))
+    with pytest.raises(OptionError, match="freeze_norms=True with sync_norms=True"):
+        DistillConfig(freeze_norms=True, sync_norms=True)
 
 
 def test_it_stops_where_patience_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
