@@ -74,7 +74,7 @@ class Learner:
         self.average = (
             None
             if config.ema is None
-            else AveragedModel(student, multi_avg_fn=_averaging(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            else AveragedModel(student, multi_avg_fn=_averaging(config.ema), use_buffers=True)
         )
         self.wrapped = processes.wrapped(student)
         if config.freeze_norms and not self._norms:

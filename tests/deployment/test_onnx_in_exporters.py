@@ -28,6 +28,21 @@ class Net(nn.Module):
         return self.made(x, self.second(F.max_pool2d(self.first(x), 2)))
 
 
+def exported(net: nn.Module, file: Path, dynamic: dict[int, str], opset: int) -> Path:
+    """The file that torch's older exporter writes."""
+    options = {"dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": dynamic}, "opset_version": opset}
+    torch.onnx.export(net, (torch.randn(1, 3, 16, 16),), file, **options)
+    return file
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_channels_are_known_behind_a_size_that_is_computed(tmp_path: Path) -> None:
+    """Which takes a shape inference that carries sizes on."""
+    net = Net(lambda x, maps: torch.cat(F.interpolate(maps, size=x.shape[2:]).chunk(2, 1)[::-1], 1)).eval()
+    model, x = read_model(exported(net, tmp_path / "net.onnx", {0: "n"}, 17)), torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("opset", [11, 17])
 @pytest.mark.parametrize("dynamic", [{}, {0: "n"}, {0: "n", 2: "h", 3: "w"}], ids=["fixed", "batch", "size"])
@@ -43,10 +58,8 @@ class Net(nn.Module):
 def test_torch_s_older_exporter_computes_shapes(
     made: Callable[[Tensor, Tensor], Tensor], dynamic: dict[int, str], opset: int, tmp_path: Path
 ) -> None:
-    net, x, file = Net(made).eval(), torch.randn(1, 3, 16, 16), tmp_path / "net.onnx"
-    options = {"dynamo": False, "input_names": ["x"], "dynamic_axes": {"x": dynamic}, "opset_version": opset}
-    torch.onnx.export(net, (x,), file, **options)
-    model = read_model(file)
+    net, file = Net(made).eval(), tmp_path / "net.onnx"
+    model = read_model(exported(net, file, dynamic, opset))
     others = torch.randn(2, 3, 24, 32) if len(dynamic) > 1 else torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(others), net(others), rtol=1e-4, atol=1e-5)
 

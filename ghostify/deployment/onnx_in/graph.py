@@ -105,11 +105,13 @@ class Builder:
         graph: The graph.
         parts: Modules and buffers by the names that the graph calls them.
         shared: The names of layers by their options and weights, which other nodes may read, too.
+        constants: Arrays by their identity, with the names of the buffers that hold them.
     """
 
     graph: fx.Graph = field(default_factory=fx.Graph)
     parts: dict[str, Any] = field(default_factory=dict)
     shared: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    constants: dict[int, tuple[Array, str]] = field(default_factory=dict)
 
     def module(self, op: Op, module: nn.Module, *inputs: fx.Node) -> fx.Node:
         """Call a module of its own; of convolutions and linear layers the same one where the weights are the same."""
@@ -131,7 +133,9 @@ class Builder:
         if isinstance(value, np.ndarray):
             if value.size == 1 and value.ndim <= (op.rank or 0):
                 return value.item()
-            return self.constant(op, tensor_of(value))
+            if id(value) not in self.constants:  # what many operators read is there once
+                self.constants[id(value)] = value, self._add(f"{op.name}_constant", tensor_of(value))
+            return self.graph.get_attr(self.constants[id(value)][1])
         return op.tensor(place)
 
     def constant(self, op: Op, value: torch.Tensor) -> fx.Node:

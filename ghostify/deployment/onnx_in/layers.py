@@ -41,6 +41,8 @@ def convolution(build: Builder, op: Op) -> fx.Node:
         options["output_padding"] = tuple(op.attributes.get("output_padding", [0] * dims))
     else:
         channels = weight.shape[1] * groups, weight.shape[0]
+    if groups < 1 or not weight.numel() or (bias is not None and bias.size != channels[1]):
+        raise Unreadable(f"a weight of shape {tuple(weight.shape)} with group={groups} and that bias")
     conv = _CONVS[op.kind][dims - 1](*channels, side, **options)  # type: ignore[arg-type]
     return build.module(op, _with(conv, weight=weight, bias=None if bias is None else op.needed(2)), x)
 

@@ -35,7 +35,10 @@ _FOLDED = {
 }  # fmt: skip
 _BROADCAST = {"Add", "Div", "Mul", "Sub"}
 # Numbers that they may make in all, beside so many times as many as the file's weights have.
-_CONSTANTS, _TIMES_WEIGHTS = 2**24, 4
+_CONSTANTS, _TIMES_WEIGHTS = 2**20, 4
+# The longest list of sizes that shape inference is to carry on: each of them takes some fifty bytes at each operator.
+_LONGEST_SIZES = 2**10
+_INTEGERS, _STRING = (6, 7), 8  # onnx.TensorProto.INT32, INT64 and STRING
 _LARGEST_INPUT = 2**28
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 
@@ -78,10 +81,12 @@ def _built(proto: Any) -> fx.GraphModule:
     for number, node in enumerate(proto.graph.node):
         if _kind(node) not in OPERATORS.keys() | _FOLDED:
             raise Unreadable(f"{_where(node, number)} is none of the {len(OPERATORS)} that are read")
+    if proto.functions:
+        raise Unreadable("it has functions of its own")
     build = Builder()
-    weights = {tensor.name: _array(tensor) for tensor in proto.graph.initializer}
-    room = _CONSTANTS + _TIMES_WEIGHTS * sum(weight.size for weight in weights.values())
-    values: dict[str, Value] = {**weights}
+    values: dict[str, Value] = {tensor.name: _array(tensor) for tensor in proto.graph.initializer}
+    stored = [*proto.graph.initializer, *(entry.t for node in proto.graph.node for entry in node.attribute)]
+    room = _CONSTANTS + _TIMES_WEIGHTS * sum(math.prod(tensor.dims) for tensor in stored if tensor.dims)
     inputs = [entry for entry in proto.graph.input if entry.name not in values]
     shapes = _known_shapes(onnx, proto)
     for number, entry in enumerate(inputs):
@@ -147,10 +152,11 @@ def _folded(onnx: Any, proto: Any, node: Any, given: dict[str, Array], where: st
     """What an operator makes of constants alone, and the room that it leaves: small files could make any number."""
     reference = require("onnx.reference", extra="onnx")
     try:
+        kinds = {entry.i if entry.name == "to" else entry.t.data_type for entry in node.attribute}
+        if _STRING in kinds and node.op_type in ("Cast", "ConstantOfShape"):
+            raise Unreadable(f"{where} makes text")
         if (made := _numbers_made(node, [given[name] for name in node.input if name])) > room:
-            raise Unreadable(
-                f"{where} makes {made:,} numbers of constants, more than the {room:,} that are still allowed"
-            )
+            raise Unreadable(f"{where} makes more numbers of constants than the {room:,} that are still allowed")
         unknown = [onnx.helper.make_value_info(name, onnx.TypeProto()) for name in (*given, node.output[0])]
         graph = onnx.helper.make_graph([node], "constants", unknown[:-1], unknown[-1:])
         alone = onnx.helper.make_model(graph, opset_imports=proto.opset_import)
@@ -196,7 +202,7 @@ def _attribute(onnx: Any, entry: Any) -> Any:
 def _known_shapes(onnx: Any, proto: Any) -> dict[str, tuple[int | None, ...]]:
     """Sides of every tensor that shape inference tells, ``None`` for those that are open."""
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto)
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=_longest_sizes(proto) <= _LONGEST_SIZES)
     except Exception as error:
         raise Unreadable(f"its shapes contradict each other: {error}") from error
     return {
@@ -207,6 +213,28 @@ def _known_shapes(onnx: Any, proto: Any) -> dict[str, tuple[int | None, ...]]:
         for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
         if value.type.tensor_type.HasField("shape")
     }
+
+
+def _longest_sizes(proto: Any) -> float:
+    """The longest list that shape inference would carry on, at most: a few operators could make any length."""
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    lengths: dict[str, float] = {name: _length(tensor) for name, tensor in tensors.items()}
+    for node in proto.graph.node:
+        given = [lengths.get(name, 0) for name in node.input]
+        if node.op_type == "ConstantOfShape":
+            known = tensors.get(node.input[0]) if node.input else None
+            length = math.inf if known is None else float(math.prod(map(int, _array(known).reshape(-1))))
+        elif node.op_type == "Constant":
+            length = max((_length(entry.t) for entry in node.attribute), default=0)
+        else:
+            length = sum(given) if node.op_type == "Concat" else max(given, default=0)
+        lengths.update(dict.fromkeys(node.output, length))
+    return max(lengths.values(), default=0)
+
+
+def _length(tensor: Any) -> int:
+    """How many sizes a tensor may hold."""
+    return math.prod(tensor.dims) if len(tensor.dims) < 2 and tensor.data_type in _INTEGERS else 0
 
 
 def _name(node: Any, number: int, values: dict[str, Value]) -> str:
