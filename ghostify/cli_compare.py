@@ -22,6 +22,7 @@ from ghostify.cli_options import (
     Student,
     Threads,
     Weights,
+    check_none_ignored,
     show,
     stored,
     trained,
@@ -38,6 +39,7 @@ _WITH = ("int8", "pruning")
 
 
 def compare_command(
+    context: typer.Context,
     model: Model,
     student: Student,
     data: OptionalData = None,
@@ -62,6 +64,7 @@ def compare_command(
     as_json: Json = False,
 ) -> None:
     """Compare original and converted model: parameters, MACs, latency, and accuracy where data are given."""
+    check_none_ignored(context)
     wanted = _read_with(beside, data)
     for path in out or []:
         check_format(path)

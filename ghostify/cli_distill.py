@@ -66,12 +66,6 @@ def distill_command(
     logging.basicConfig(
         level=logging.INFO if is_main else logging.ERROR, format="%(message)s", handlers=[logging.StreamHandler()]
     )
-    check_replaceable(out / "student")
-    place = _device(device)
-    teacher = trained(model, pretrained, weights)
-    small = load(student, base=teacher).to(place)
-    teacher.to(place)
-    splits = load_data(data, DataOptions(batch_size=batch_size, augment=not cache_teacher, seed=seed))
     config = DistillConfig(
         lr=lr,
         warmup=warmup,
@@ -93,6 +87,12 @@ def distill_command(
         tensorboard=tensorboard,
         seed=seed,
     )
+    check_replaceable(out / "student")
+    place = _device(device)
+    teacher = trained(model, pretrained, weights)
+    small = load(student, base=teacher).to(place)
+    teacher.to(place)
+    splits = load_data(data, DataOptions(batch_size=batch_size, augment=not cache_teacher, seed=seed))
     run = distill(
         small,
         teacher=teacher,

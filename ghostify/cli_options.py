@@ -82,10 +82,11 @@ _CHIEFS: dict[str, tuple[str, ...]] = {
     "calibration": ("input_shape",),
     "int8": ("latency", "dynamic_size", "opset", "input_shape"),
 }  # fmt: skip
+_NEED: dict[str, tuple[str, ...]] = {"beside": ("onnx", "threads", "images")}
 
 
 def check_none_ignored(context: typer.Context) -> None:
-    """Raise OptionError if an option is given that another one leaves nothing to decide.
+    """Raise OptionError if an option is given that another one, or the lack of it, leaves nothing to decide.
 
     Args:
         context: Of a command that has some of these options.
@@ -99,6 +100,10 @@ def check_none_ignored(context: typer.Context) -> None:
                 f"{', '.join(ignored)} would be ignored: {names[chief]} {context.params[chief]} decides that. Leave "
                 "out one or the other."
             )
+    for chief, others in _NEED.items():
+        ignored = [f"{names[other]} {context.params[other]}" for other in others if other in given]
+        if chief in names and chief not in given and ignored:
+            raise OptionError(f"{', '.join(ignored)} would be ignored without {names[chief]}. Give that, too.")
 
 
 def read_overrides(texts: list[str] | None) -> dict[str, Override]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ghostify import cli
+from ghostify import cli, cli_distill
 from ghostify.cli import app, main
 from ghostify.nn.cifar import resnet20
 from ghostify.spec import Plan
@@ -123,6 +123,7 @@ def test_a_network_without_trained_weights_is_told(called, tmp_path):
         (("--budget", "latency=0.5", "--backend", "abacus"), "backend='abacus' is unknown"),
         (("--ratio", "0.5"), "ratio=0.5"),
         (("--out", "full"), "holds other files"),
+        (("--out", "full/notes.txt"), "is a file, and a model is stored as a folder"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_read(called, tmp_path, monkeypatch, arguments, told):
@@ -132,6 +133,13 @@ def test_a_wrong_option_is_told_before_anything_is_read(called, tmp_path, monkey
     status, _, error = called("convert", RESNET, "--out", "small", *arguments)
     assert status == 1
     assert told in error
+
+
+def test_wrong_settings_of_a_distillation_are_told_before_anything_is_read(called, monkeypatch):
+    monkeypatch.setattr(cli_distill, "trained", lambda *given: pytest.fail("a network was read"))
+    status, _, error = called("distill", RESNET, "small", "--data", "digits", "--out", "run", "--loss", "kdd")
+    assert status == 1
+    assert "loss='kdd' is unknown" in error
 
 
 def test_bad_files_are_told(called, tmp_path):

@@ -42,6 +42,12 @@ def test_what_cannot_be_compared_is_told_before_anything_is_measured(called):
     assert "--data" in error
 
 
+def test_options_of_deployed_forms_need_these(called):
+    status, out, error = called(*COMPARE, "--onnx", "files", "--images", 7)
+    assert (status, out) == (1, "")
+    assert "--onnx files, --images 7 would be ignored without --with" in error
+
+
 @pytest.mark.parametrize(
     ("missing", "arguments", "told"),
     [

@@ -182,8 +182,10 @@ def check_replaceable(folder: Path) -> None:
     """Saving replaces a folder, so it must hold nothing but an artefact.
 
     Raises:
-        OutputError: It holds other files.
+        OutputError: It holds other files, or is a file.
     """
+    if folder.is_file():
+        raise OutputError(f"path={str(folder)!r} is a file, and a model is stored as a folder. Name a new folder.")
     if folder.is_dir():
         others = sorted(file.name for file in folder.iterdir() if file.name not in (PLAN_FILE, WEIGHTS_FILE))
         if others:
