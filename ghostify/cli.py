@@ -42,12 +42,12 @@ from ghostify.cli_options import (  # fmt: skip
     stored,
     trained,
 )
-from ghostify.conversion import INITIALISERS, apply
+from ghostify.conversion import INITIALISERS, apply, check_initialiser
 from ghostify.deployment import export_onnx, save
 from ghostify.deployment.artefact import check_replaceable, model_plan
 from ghostify.errors import GhostifyError
 from ghostify.files import atomic_file
-from ghostify.planning import plan
+from ghostify.planning import check_goal, plan
 from ghostify.spec import GhostSpec, Plan
 from ghostify.zoo import is_onnx, load_model
 
@@ -92,6 +92,7 @@ def plan_command(
     check_none_ignored(context)
     spec, overrides, limits = _spec(ratio, dw_size, fusion, placement), read_overrides(override), read_budget(budget)
     chosen = chosen_backend(backend, threads, limits)
+    check_goal(keep, limits, chosen, sensitivity, None, calibrated=calibration is not None)
     network = load_model(model) if keep is None and not budget else trained(model, pretrained, weights)
     inputs = calibration_images(calibration, images, seed)
     made = plan(
@@ -147,6 +148,9 @@ def convert_command(
     made = None if plan_file is None else Plan.from_json(read_text(plan_file))
     spec, overrides, limits = _spec(ratio, dw_size, fusion, placement), read_overrides(override), read_budget(budget)
     chosen = chosen_backend(backend, threads, limits)
+    check_goal(keep, limits, chosen, sensitivity, None, calibrated=calibration is not None)
+    if initialiser is not None:
+        check_initialiser(initialiser, calibrated=calibration is not None)
     if not is_onnx(str(out)):
         check_replaceable(out)
     network = trained(model, pretrained, weights)

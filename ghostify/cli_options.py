@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, TextIO
@@ -21,7 +22,17 @@ Model = Annotated[
 Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="folder of a converted model")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="file of trained weights for MODEL")]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="take the library's own trained weights")]
-Shape = Annotated[str | None, typer.Option("--input-shape", help="shape of one input, such as 3,224,224")]
+
+
+def _checked_shape(text: str | None) -> str | None:
+    if text is not None and not re.fullmatch(r"\d+([,x×]\d+)*", text):
+        raise OptionError(f"input-shape={text!r} is not a list of numbers. Write it as 3,224,224.")
+    return text
+
+
+Shape = Annotated[
+    str | None, typer.Option("--input-shape", callback=_checked_shape, help="shape of one input, such as 3,224,224")
+]
 Ratio = Annotated[float, typer.Option("--ratio", "-s", help="output channels / intrinsic channels, ≥ 1")]
 DwSize = Annotated[int, typer.Option("--dw-size", "-d", help="side of the depthwise kernels, odd")]
 Fusion = Annotated[str, typer.Option("--fusion", help="concat, add or mul")]

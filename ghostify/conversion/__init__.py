@@ -1,7 +1,7 @@
 """Carrying out a plan: replacing modules, and starting the new ones from the old weights."""
 
 from ghostify.conversion.fits import Fit
-from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser
+from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser, check_initialiser
 from ghostify.conversion.norms import estimate_norms
 from ghostify.conversion.rewriter import apply, as_planned, check_fits, convert, rebuild
 from ghostify.tracing.calibration import Calibration
@@ -15,6 +15,7 @@ __all__ = [
     "apply",
     "as_planned",
     "check_fits",
+    "check_initialiser",
     "convert",
     "estimate_norms",
     "rebuild",

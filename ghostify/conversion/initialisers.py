@@ -25,7 +25,7 @@ from ghostify.conversion.sensitivity import channel_metrics
 from ghostify.conversion.tails import Tail
 from ghostify.conversion.walk import Visit, walk_calls, walk_graph
 from ghostify.conversion.white_noise import solve_kernels
-from ghostify.errors import InputsError
+from ghostify.errors import InputsError, OptionError
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning.choice import Choice, choose_layout
 from ghostify.planning.explained import channel_weight, norm_scale, site_shares
@@ -176,7 +176,18 @@ INITIALISERS: dict[str, Initialiser] = {
     "sequential": sequential,
     "alternating": alternating,
 }
-NEED_CALIBRATION = frozenset({"least-squares", "sequential", "alternating"})
+_NEED_CALIBRATION = frozenset({"least-squares", "sequential", "alternating"})
+
+
+def check_initialiser(name: str, *, calibrated: bool) -> None:
+    """Raise OptionError unless an initialiser has this name, and has the calibration inputs that it needs."""
+    if name not in INITIALISERS:
+        raise OptionError(f"initialiser={name!r} is unknown. Use one of {', '.join(INITIALISERS)}, or a function.")
+    if name in _NEED_CALIBRATION and not calibrated:
+        raise OptionError(
+            f"initialiser={name!r} needs calibration inputs. Pass calibration=images (a few hundred, no labels), "
+            "or use initialiser='weights'."
+        )
 
 
 def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:

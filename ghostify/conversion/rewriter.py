@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from ghostify.backends.runners import Backend
 from ghostify.conversion.channel_order import fold_orders
 from ghostify.conversion.fits import with_fits
-from ghostify.conversion.initialisers import INITIALISERS, NEED_CALIBRATION, Conversion, Initialiser
+from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser, check_initialiser
 from ghostify.conversion.verification import verify
 from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError, TraceError
 from ghostify.nn.ghost import GhostConv
@@ -326,13 +326,7 @@ def _chosen_initialiser(
         chosen = "first" if on_meta(model) else "weights" if calibration is None else "alternating"
     if callable(chosen):
         return chosen
-    if chosen not in INITIALISERS:
-        raise OptionError(f"initialiser={chosen!r} is unknown. Use one of {', '.join(INITIALISERS)}, or a function.")
-    if chosen in NEED_CALIBRATION and calibration is None:
-        raise OptionError(
-            f"initialiser={chosen!r} needs calibration inputs. Pass calibration=images (a few hundred, no labels), "
-            "or use initialiser='weights'."
-        )
+    check_initialiser(chosen, calibrated=calibration is not None)
     if on_meta(model) and chosen not in ("first", "random"):
         raise OptionError(
             f"initialiser={chosen!r} needs values, and the model is on the meta device, which has none. "

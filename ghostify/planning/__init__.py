@@ -1,7 +1,7 @@
 """Deciding, before anything is changed, what happens to every convolution and what it saves."""
 
 from ghostify.planning.frontier import Frontier, frontier
-from ghostify.planning.goal import Goal
+from ghostify.planning.goal import Goal, check_goal
 from ghostify.planning.limits import Budget
 from ghostify.planning.planner import (  # fmt: skip
     Override,
@@ -17,6 +17,7 @@ __all__ = [
     "Frontier",
     "Goal",
     "Override",
+    "check_goal",
     "chosen_spec",
     "frontier",
     "override_specs",

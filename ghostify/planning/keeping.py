@@ -18,7 +18,7 @@ from ghostify.tracing import Example, Trace
 RATIOS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
 
 
-def check_keep_options(keep: float, ratio: float | None, chunks: Sequence[Example]) -> None:
+def check_keep_options(keep: float, ratio: float | None, calibrated: bool) -> None:
     """Raise OptionError unless ``keep`` is a share that can be measured, and alone decides the ratios."""
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real) or not 0 < keep <= 1:
         raise OptionError(
@@ -26,7 +26,7 @@ def check_keep_options(keep: float, ratio: float | None, chunks: Sequence[Exampl
         )
     if ratio is not None:
         raise OptionError(f"keep={keep!r} and ratio={ratio!r} are both given, and keep chooses the ratios. Pass one.")
-    if not chunks:
+    if not calibrated:
         raise OptionError(f"keep={keep!r} needs calibration inputs. Pass calibration=images (a few hundred).")
 
 
