@@ -28,6 +28,11 @@ def distill_command(
     epochs: Annotated[int, typer.Option(min=1, help="how often to go through the training data")] = 10,
     lr: Annotated[float, typer.Option(help="peak learning rate")] = DistillConfig.lr,
     warmup: Annotated[float | None, typer.Option(help="share of the steps before the peak")] = None,
+    schedule: Annotated[str, typer.Option(help="one-cycle or cosine")] = DistillConfig.schedule,
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw")] = DistillConfig.optimizer,
+    weight_decay: Annotated[
+        float, typer.Option(help="on weights, not on norms and biases")
+    ] = DistillConfig.weight_decay,
     loss: Annotated[str, typer.Option(help="kd, mse or dist")] = "kd",
     hard_weight: Annotated[float, typer.Option(help="weight of the labels, 0 to 1; the teacher has the rest")] = 0.0,
     temperature: Annotated[float, typer.Option(help="softens both networks' answers")] = 4.0,
@@ -35,10 +40,17 @@ def distill_command(
         list[str] | None, typer.Option(help="'sites' (every Ghost unit), or a layer to match, too; repeatable")
     ] = None,
     feature_loss: Annotated[str, typer.Option(help="mse or attention")] = "mse",
+    feature_weight: Annotated[float, typer.Option(help="of the feature loss")] = DistillConfig.feature_weight,
     mixup: Annotated[float, typer.Option(help="α of MixUp; 0 does without")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="decay of a moving average of the weights")] = None,
     patience: Annotated[int | None, typer.Option(help="stop after so many epochs without a better one")] = None,
     batch_size: Batch = 128,
+    val_size: Annotated[
+        int | None, typer.Option(min=1, help="training images held out for choices, where DATA has none for it")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="side to which imagefolder:, hf: and wds: scale images")
+    ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="parts in which a batch is computed")] = 1,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
     cache_teacher: Annotated[
@@ -69,11 +81,15 @@ def distill_command(
     config = DistillConfig(
         lr=lr,
         warmup=warmup,
+        schedule=schedule,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
         loss=loss,
         hard_weight=hard_weight,
         temperature=temperature,
         features=_features(features),
         feature_loss=feature_loss,
+        feature_weight=feature_weight,
         mixup=mixup,
         ema=ema,
         patience=patience,
@@ -92,7 +108,15 @@ def distill_command(
     teacher = trained(model, pretrained, weights)
     small = load(student, base=teacher).to(place)
     teacher.to(place)
-    splits = load_data(data, DataOptions(batch_size=batch_size, augment=not cache_teacher, seed=seed))
+    options = DataOptions(
+        batch_size=batch_size,
+        val_size=val_size,
+        augment=not cache_teacher,
+        seed=seed,
+        image_size=image_size,
+        device=place,
+    )
+    splits = load_data(data, options)
     run = distill(
         small,
         teacher=teacher,

@@ -45,7 +45,8 @@ class DistillConfig:
         compile: Compile both networks with ``torch.compile``.
         patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
         accumulate: Compute a batch in so many parts, for one that is too large for the memory. What is learned is
-            the same, but for batch norms, which see one part at a time.
+            the same, but for what looks at several rows at once, and sees one part at a time: batch norms, the loss
+            ``"dist"`` and the feature loss ``"mse"``.
         freeze_norms: Leave the batch norms' statistics as they came, for a good start and few images or small batches,
             whose own are poorer.
         sync_norms: With several processes, let batch norms see the rows of all of them (on GPUs only).

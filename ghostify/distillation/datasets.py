@@ -17,7 +17,15 @@ from ghostify.distillation.augmentation import Augment
 from ghostify.distillation.folders import image_folder
 from ghostify.distillation.hub import hub_images
 from ghostify.distillation.shards import tar_shards
-from ghostify.distillation.splits import SPLIT_SEED, DataOptions, Splits, Statistics, from_tensors, usual_statistics
+from ghostify.distillation.splits import (
+    SPLIT_SEED,
+    DataOptions,
+    Splits,
+    Statistics,
+    from_tensors,
+    usual_statistics,
+    usual_val_size,
+)
 from ghostify.errors import InputsError, OptionError
 from ghostify.extras import require
 
@@ -126,7 +134,7 @@ def _parquet(argument: str, options: DataOptions) -> Splits:
     if not argument:
         raise OptionError("data='parquet' names no folder. Pass, for example, data='parquet:data/cifar10'.")
     images, labels = read_parquet(argument, "train")
-    held_out = 5_000 if options.val_size is None else options.val_size
+    held_out = usual_val_size(len(images)) if options.val_size is None else options.val_size
     if not 0 < held_out < len(images):
         raise OptionError(
             f"val_size={held_out} cannot be held out of {len(images)} training images. Pass a number between."

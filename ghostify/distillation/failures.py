@@ -49,5 +49,7 @@ def _calmer(config: DistillConfig) -> str:
 def _kept(epoch: int, folder: Path | None) -> str:
     """What the student holds after an epoch that failed."""
     state = "the weights that it came with" if epoch == 1 else f"the weights of the end of epoch {epoch - 1}"
-    file = f" and so does {str(folder / 'last.safetensors')!r}" if folder else ""
-    return f"The student holds {state}{file}."
+    if folder is None:
+        return f"The student holds {state}."
+    onward = " With resume=True the run goes on from there." if epoch > 1 else ""
+    return f"The student holds {state} and so does {str(folder / 'last.safetensors')!r}.{onward}"

@@ -154,13 +154,21 @@ class Learner:
             self.average.update_parameters(self.student)
 
     def _loss(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), self.reader.autocast():
-            wanted = self.teacher(batch.inputs)
         with self.reader.autocast(), explained("student", batch.inputs, "data"):
             output = self.forward(batch.inputs)
+        if self.config.hard_weight == 1 and self.taps is None:  # labels alone: nobody looks at the teacher's answers
+            wanted = output
+        else:
+            with torch.no_grad(), self.reader.autocast():
+                wanted = self.teacher(batch.inputs)
         loss = objective(output, wanted, batch, self.config)
         if self.taps is not None:
             loss = loss + self.config.feature_weight * self.taps.loss(self.config.feature_loss)
+        if loss.numel() != 1:
+            raise OptionError(
+                f"loss={self.config.settings()['loss']!r} gives a tensor of shape {tuple(loss.shape)}, and one number "
+                "for the whole batch is needed. Take its mean."
+            )
         return loss
 
     @property

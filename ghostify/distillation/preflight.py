@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,10 @@ from ghostify.tracing.example import evaluating, require_module
 
 # Labels from which on a teacher that does no better than a guess is no accident.
 _ENOUGH_LABELS = 200
+# A loss that rounding alone may leave.
+_NOTHING = 1e-8
+
+log = logging.getLogger(__name__)
 
 
 def check_models(student: nn.Module, teacher: nn.Module, epochs: int, precision: str) -> None:
@@ -130,8 +135,10 @@ def check_classes(classes: int, config: DistillConfig) -> None:
         )
 
 
-def check_teacher(start: Scores | None, classes: int) -> None:
+def check_start(start: Scores | None, classes: int) -> None:
     """See that the teacher knows better than a guess what the labels of the validation data say.
+
+    A student that answers as the teacher does already is told of: it may be a copy that was never converted.
 
     Args:
         start: The scores before the first step.
@@ -140,6 +147,8 @@ def check_teacher(start: Scores | None, classes: int) -> None:
     Raises:
         TrainingError: It is not two standard deviations better, on at least 200 labels.
     """
+    if start is not None and start.agreement == 1 and abs(start.loss) < _NOTHING:
+        log.warning("student answers val exactly as teacher does: is it a converted model? There is nothing to learn")
     if start is None or start.teacher_accuracy is None or start.labelled < _ENOUGH_LABELS:
         return
     guess = 1 / classes

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ghostify.distillation.batches import Batch
-from ghostify.distillation.randomness import reseed
+from ghostify.distillation.randomness import mix, reseed
 from ghostify.errors import InputsError, TrainingError
 from ghostify.extras import require
 
@@ -100,13 +100,9 @@ class Processes:
         """
         if self.count == 1:
             return
-        size, values = len(batch.inputs), batch.inputs.double()
-        places = torch.arange(1, size + 1, dtype=values.dtype, device=values.device)
-        squares = values.square().reshape(size, -1).sum(1)  # of each example: in another order they are others
-        everyones = self._everyones(torch.stack([places[-1], values.sum(), squares.sum(), squares @ places]))
+        everyones = self._everyones(batch_facts(batch))
         for rank, facts in enumerate(everyones):
-            # Kinds of processors may add up in another order.
-            if not torch.allclose(facts, everyones[0], rtol=1e-6, equal_nan=True):
+            if not alike(facts, everyones[0]):
                 raise InputsError(
                     f"process {rank} reads another first batch of {name} than process 0. Each goes through all of "
                     f"{name} and takes its own rows of every batch, so give all of them the same: a loader without a "
@@ -129,6 +125,19 @@ class Processes:
         each, more = divmod(size, self.count)
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
+
+
+def batch_facts(batch: Batch) -> Tensor:
+    """Four numbers, ``(4,)`` float64, by which the inputs of a batch are told from others, and from another order."""
+    size, values = len(batch.inputs), batch.inputs.double()
+    places = torch.arange(1, size + 1, dtype=values.dtype, device=values.device)
+    squares = values.square().reshape(size, -1).sum(1)  # of each example: in another order they are others
+    return torch.stack([places[-1], values.sum(), squares.sum(), squares @ places])
+
+
+def alike(facts: Tensor, others: Tensor) -> bool:
+    """Whether facts are of the same batch; kinds of processors may add up in another order."""
+    return torch.allclose(facts, others, rtol=1e-6, equal_nan=True)
 
 
 def launched(device: torch.device) -> Processes:
@@ -170,6 +179,24 @@ class Item:
     counts: bool = True
 
 
+def begin_epoch(data: Iterable[Any], epoch: int, *, seed: int, device: torch.device) -> None:
+    """Make all that data may draw from depend on the epoch alone.
+
+    Args:
+        data: If it has ``set_epoch``, that is called with the epoch's number from 0. The ``generator`` that a
+            ``DataLoader`` or its sampler was given is seeded anew.
+        epoch: From 1.
+        seed: Of the run.
+        device: Where the models are.
+    """
+    reseed(seed, epoch, 0, device)
+    for drawing in (data, getattr(data, "sampler", None)):
+        if isinstance(own := getattr(drawing, "generator", None), torch.Generator):
+            own.manual_seed(mix(seed, epoch))
+    if callable(set_epoch := getattr(data, "set_epoch", None)):
+        set_epoch(epoch - 1)
+
+
 def read_epoch(
     data: Iterable[Any], epoch: int, first: int, *, processes: Processes, seed: int, device: torch.device
 ) -> Iterator[Item]:
@@ -187,14 +214,12 @@ def read_epoch(
         seed: Of the run.
         device: Where the models are.
     """
-    reseed(seed, epoch, 0, device)
     shard: Callable[..., Any] | None = getattr(data, "shard", None) if processes.count > 1 else None
     is_part, steps = callable(shard), 0
     if is_part:
         steps = len(data)  # type: ignore[arg-type]  # of all processes; what has shards has a length
         data = shard(processes.rank, processes.count)  # type: ignore[misc]
-    if callable(set_epoch := getattr(data, "set_epoch", None)):
-        set_epoch(epoch - 1)
+    begin_epoch(data, epoch, seed=seed, device=device)
     begun = 0
     if first and callable(starting_at := getattr(data, "starting_at", None)):
         # At the last batch at least: a process without rows of the batch to go on with needs another in its place.

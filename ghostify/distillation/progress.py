@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from ghostify.distillation.history import Epoch, Scores
 
@@ -32,14 +33,14 @@ def progress_bar(shown: bool | None, epochs: int, steps: int) -> Iterator[Callab
         return
     columns = (
         TextColumn(f"epoch {{task.fields[epoch]}}/{epochs}"),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TextColumn("{task.fields[rate]:,.0f} images/s"),
         TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[val]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[val]}", table_column=Column(overflow="ellipsis", no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+    with Progress(*columns, console=console, refresh_per_second=4, expand=True) as progress:
         task = progress.add_task("distil", total=steps, epoch=1, rate=0.0, loss=float("nan"), val="")
         yield partial(progress.update, task)
 

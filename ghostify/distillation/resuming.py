@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ghostify.distillation.checkpoint import State, snapshot
 from ghostify.distillation.config import DistillConfig
+from ghostify.distillation.history import read_history
 from ghostify.distillation.learning import Learner
 from ghostify.distillation.state import (
     Progress,
@@ -21,7 +22,7 @@ from ghostify.distillation.state import (
     weights_digest,
     write_state,
 )
-from ghostify.errors import OptionError, OutputError
+from ghostify.errors import InputsError, OptionError, OutputError
 from ghostify.states import versioned
 
 Found = tuple[Progress, dict[str, Tensor]]
@@ -39,6 +40,7 @@ class States:
         teacher: The one that it learns from.
         epochs: Of the run.
         steps_per_epoch: Batches in each.
+        batches_of_val: In a pass over the validation data; ``None`` without.
         config: Its settings.
     """
 
@@ -49,6 +51,7 @@ class States:
         teacher: nn.Module,
         epochs: int,
         steps_per_epoch: int,
+        batches_of_val: int | None,
         config: DistillConfig,
     ) -> None:
         self.folder = out / "state"
@@ -58,6 +61,7 @@ class States:
             **settings,
             "epochs": epochs,
             "batches in an epoch": steps_per_epoch,
+            "batches of val": batches_of_val,
             "teacher's weights": weights_digest(teacher),
             "student's shapes": shapes,
         }
@@ -84,9 +88,18 @@ class States:
         }
         write_state(self.folder, progress, tensors, self.made_by)
 
+    @property
+    def exist(self) -> bool:
+        """Whether there is any."""
+        return self.folder.is_dir()
+
     def clear(self) -> None:
         """Remove all states."""
         clear_states(self.folder)
+
+    def rewind(self, epoch: int) -> None:
+        """Remove the states from inside an epoch, so that a run goes on at its beginning."""
+        clear_states(self.folder, since=epoch)
 
 
 def find_state(states: States | None, *, resume: bool) -> Found | None:
@@ -94,20 +107,35 @@ def find_state(states: States | None, *, resume: bool) -> Found | None:
 
     Raises:
         OptionError: ``resume`` without a folder, or with other settings than the run was begun with.
-        OutputError: The folder holds a run that is not finished, and is not to go on.
+        OutputError: The folder holds a run that is not finished, and is not to go on; or it is to go on, and no
+            state is left.
     """
     if states is None:
         if resume:
             raise OptionError("resume=True needs the folder of the run. Pass out.")
         return None
     if resume:
-        return read_state(states.folder, states.made_by)
+        found = read_state(states.folder, states.made_by)
+        if found is None and (epochs := _epochs_told(states.folder.parent / "history.json")):
+            raise OutputError(
+                f"resume=True: {str(states.folder)!r} holds no state to go on from, and history.json beside it tells "
+                f"of {epochs} epochs, which would be lost. Bring the states back, remove history.json to begin anew, "
+                "or pass another folder as out."
+            )
+        return found
     if holds_unfinished(states.folder):
         raise OutputError(
             f"out={str(states.folder.parent)!r} holds a run that is not finished. Pass resume=True to go on with it, "
             f"another folder, or remove {str(states.folder)!r}."
         )
     return None
+
+
+def _epochs_told(history: Path) -> int:
+    try:
+        return len(read_history(history.read_bytes()))
+    except (OSError, InputsError):  # there is none, or none of ours
+        return 0
 
 
 def restore(found: Found, learner: Learner) -> tuple[Progress, State, State]:
@@ -131,7 +159,8 @@ def restore(found: Found, learner: Learner) -> tuple[Progress, State, State]:
     if learner.average is not None:
         learner.average.load_state_dict(completed(part("average"), learner.average))
     restore_optimizer(learner.optimizer, part("optimizer"))
-    learner.scaler.load_state_dict({name: value.item() for name, value in part("scaler").items()})
+    if scaler := part("scaler"):  # not where the run was begun in another precision
+        learner.scaler.load_state_dict({name: value.item() for name, value in scaler.items()})
     last, best = part("last"), part("best")
     last_state = completed(last, student)
     return progress, last_state, completed(best, student) if best else last_state

@@ -68,6 +68,7 @@ class DataOptions:
         seed: Of order and augmentation; the parts are the same for every seed.
         image_size: Side in pixels to which ``imagefolder:``, ``hf:`` and ``wds:`` scale and cut images; ``None``
             keeps images that are all of one size as they are, and takes 224 for others.
+        device: Where images that fit memory are kept, and augmented batch by batch.
     """
 
     batch_size: int = 128
@@ -77,6 +78,7 @@ class DataOptions:
     std: Sequence[float] | None = None
     seed: int = 0
     image_size: int | None = None
+    device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 1:
@@ -122,12 +124,12 @@ def from_tensors(
     mean, std = options.statistics(usual)
 
     def fixed(images: Tensor, labels: Tensor) -> ImageBatches:
-        return ImageBatches(images, labels, batch_size=options.batch_size, mean=mean, std=std)
+        return ImageBatches(images.to(options.device), labels, batch_size=options.batch_size, mean=mean, std=std)
 
     return Splits(
         name=name,
         train=ImageBatches(
-            images[train],
+            images[train].to(options.device),
             labels[train],
             batch_size=options.batch_size,
             shuffle=True,
@@ -172,7 +174,8 @@ def from_pictures(name: str, parts: Mapping[str, Pictures], num_classes: int, op
             "seed": options.seed,
         }
         if _fits(pictures, look) and (augment is None or augment.crop is None):
-            return ImageBatches(decode_all(pictures, look), pictures.labels, **chosen)  # type: ignore[arg-type]
+            decoded = decode_all(pictures, look).to(options.device)
+            return ImageBatches(decoded, pictures.labels, **chosen)  # type: ignore[arg-type]
         return PictureBatches(pictures, look, **chosen)  # type: ignore[arg-type]
 
     return Splits(
@@ -186,6 +189,11 @@ def from_pictures(name: str, parts: Mapping[str, Pictures], num_classes: int, op
     )
 
 
+def usual_val_size(count: int) -> int:
+    """How many of so many training images are held out where nothing is said: a tenth, at most 5,000."""
+    return max(1, min(5_000, count // 10))
+
+
 def _three(name: str, parts: Mapping[str, Pictures], val_size: int | None) -> tuple[Pictures, Pictures, Pictures]:
     """Train, val and test; what is missing is held out of train."""
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
@@ -197,7 +205,7 @@ def _three(name: str, parts: Mapping[str, Pictures], val_size: int | None) -> tu
         assert val is not None  # as missing says; mypy does not count
         assert test is not None
         return train, val, test
-    held_out = max(1, min(5_000, count // 10)) if val_size is None else val_size
+    held_out = usual_val_size(count) if val_size is None else val_size
     if held_out < 1 or held_out * missing >= count:
         raise OptionError(
             f"val_size={held_out} cannot be held out of the {count} training images of {name!r} "

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.distillation.history import Epoch, Scores
-from ghostify.errors import OptionError
+from ghostify.errors import OptionError, OutputError
 from ghostify.files import atomic_file
 
 log = logging.getLogger(__name__)
 
 _KEPT = 2
+# Settings that may be others when a run goes on, which is told: what is tried where it diverged.
+CALMING = ("lr", "clip_norm", "precision")
 _VERSION = 1
 
 
@@ -45,6 +47,8 @@ class Progress:
         scores: The last ones.
         history: The epochs that are complete.
         finished: Whether there is nothing more to do.
+        seconds_per_validation: What the last one took.
+        begins: Facts of the first batch of all, by which other data are noticed.
     """
 
     epoch: int = 1
@@ -57,11 +61,26 @@ class Progress:
     scores: Scores | None = None
     history: tuple[Epoch, ...] = ()
     finished: bool = False
+    seconds_per_validation: float = 0.0
+    begins: tuple[float, ...] = ()
 
     def end_epoch(self, record: Epoch, scores: Scores | None) -> None:
         """Note an epoch that is complete, and turn to the next."""
         self.history, self.scores = (*self.history, record), scores
         self.epoch, self.step, self.loss_sum, self.examples = record.epoch + 1, 0, 0.0, 0
+
+    def line(self, epochs: int, steps_per_epoch: int) -> str:
+        """Where a run goes on, for a log.
+
+        Example:
+            >>> Progress(epoch=3, step=20).line(epochs=30, steps_per_epoch=352)
+            'going on at epoch 3 of 30, step 20 of 352'
+            >>> Progress(epoch=31, finished=True).line(epochs=30, steps_per_epoch=352)
+            'finished already, after epoch 30 of 30'
+        """
+        if self.finished:
+            return f"finished already, after epoch {self.epoch - 1} of {epochs}"
+        return f"going on at epoch {self.epoch} of {epochs}, step {self.step} of {steps_per_epoch}"
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True)
 
@@ -86,9 +105,13 @@ def write_state(folder: Path, progress: Progress, tensors: dict[str, Tensor], ma
     content = safetensors.torch.save(packed, {"state": header, "sha256": _digest(header, packed)})
     with atomic_file(folder / f"{progress.epoch:06d}-{progress.step:09d}.safetensors") as temporary:
         temporary.write_bytes(content)
+    # Beside the last ones that of the last complete epoch stays, to go back to if the student diverges.
+    states = _states(folder)
+    complete = [path for path in states if _place(path)[1] == 0][:1]
     # Those of a process that was killed while it wrote are as large as a state.
-    for old in (*_states(folder)[_KEPT:], *folder.glob(".[0-9]*-[0-9]*.safetensors")):
-        old.unlink(missing_ok=True)
+    for old in (*states[_KEPT:], *folder.glob(".[0-9]*-[0-9]*.safetensors")):
+        if old not in complete:
+            old.unlink(missing_ok=True)
 
 
 def read_state(folder: Path, made_by: dict[str, Any]) -> tuple[Progress, dict[str, Tensor]] | None:
@@ -103,28 +126,45 @@ def read_state(folder: Path, made_by: dict[str, Any]) -> tuple[Progress, dict[st
 
     Raises:
         OptionError: The state is of a run with other settings.
+        OutputError: All of them are damaged.
     """
-    for path in _states(folder):
+    states = _states(folder)
+    for path in states:
         try:
             header, tensors = _read(path)
             progress = _PROGRESS.validate_python(header["progress"])
         except Exception as error:  # whatever damage makes of a file
-            log.warning("%s is damaged (%s): going back to the one before", path, str(error).splitlines()[0])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("%s is damaged (%s), and passed over", path, reason)
             continue
         then, now = _flat(header["made_by"]), _flat(json.loads(json.dumps(made_by)))
         for name in [name for name in {**now, **then} if now.get(name) != then.get(name)]:
+            if name in CALMING:
+                log.warning("from here on %s=%r; the run was begun with %r", name, now[name], then[name])
+                continue
             raise OptionError(
                 f"resume=True: {name}={now.get(name)!r}, and the run in {str(folder.parent)!r} was begun with "
                 f"{then.get(name)!r}. Pass what it was begun with, or another folder as out."
             )
         return progress, tensors
+    if states:
+        raise OutputError(
+            f"resume=True: all {len(states)} states in {str(folder)!r} are damaged, and nothing can go on from them. "
+            "Remove that folder and history.json to begin anew, or pass another folder as out."
+        )
     return None
 
 
-def clear_states(folder: Path) -> None:
-    """Remove all states, and their folder if nothing else is in it."""
+def clear_states(folder: Path, *, since: int = 0) -> None:
+    """Remove the states from inside an epoch on, and their folder if nothing else is in it.
+
+    Args:
+        folder: Of the states.
+        since: Number of the epoch; its very beginning, which is the end of the one before, stays.
+    """
     for path in _states(folder):
-        path.unlink(missing_ok=True)
+        if _place(path) > (since, 0):
+            path.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -179,6 +219,12 @@ def _flat(made_by: dict[str, Any]) -> dict[str, Any]:
 def _states(folder: Path) -> list[Path]:
     """The states, the newest first."""
     return sorted(folder.glob("[0-9]*-[0-9]*.safetensors"), reverse=True)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Epoch and steps of it that were done, from the name of a state."""
+    epoch, step = path.stem.split("-")
+    return int(epoch), int(step)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

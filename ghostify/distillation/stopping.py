@@ -24,14 +24,17 @@ class Stop:
 
 
 @contextmanager
-def watched_signals(*, watch: bool) -> Iterator[Stop]:
+def watched_signals(*, watch: bool, alone: bool) -> Iterator[Stop]:
     """Note SIGTERM and SIGINT instead of dying of them, so that there is time to write down the state.
 
-    A second one does what it always did. Python lets only the main thread do this; elsewhere, and without
-    ``watch``, signals are left alone.
+    A second SIGTERM changes nothing: whoever is in a hurry sends SIGKILL. A second SIGINT, from an impatient
+    hand, does what it always did, but not in one of several processes, each of which gets a signal twice:
+    from the terminal and from its launcher. Python lets only the main thread do this; elsewhere, and without ``watch``,
+    signals are left alone.
 
     Args:
         watch: Whether there is anything to write.
+        alone: Whether this is the only process of the run.
 
     Yields:
         What came.
@@ -44,7 +47,8 @@ def watched_signals(*, watch: bool) -> Iterator[Stop]:
 
     def note(number: int, frame: Any) -> None:
         stop.signal = number
-        signal.signal(number, before[signal.Signals(number)])
+        if alone and number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     try:
         for number in before:

@@ -25,13 +25,13 @@ from ghostify.distillation.history import Epoch, Run, Scores
 from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
 from ghostify.distillation.optimisation import learning_rate, settled_precision
-from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_teacher, first_batch
-from ghostify.distillation.processes import Processes, launched, read_epoch
+from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_start, first_batch
+from ghostify.distillation.processes import Processes, alike, batch_facts, begin_epoch, launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
-from ghostify.distillation.randomness import preserved_random_state, reseed
+from ghostify.distillation.randomness import preserved_random_state
 from ghostify.distillation.resuming import States, find_state, restore
 from ghostify.distillation.state import Progress
-from ghostify.distillation.stopping import watched_signals
+from ghostify.distillation.stopping import Stop, watched_signals
 from ghostify.distillation.validation import validate
 from ghostify.errors import InputsError, NonFiniteLossError, OptionError, TrainingError
 from ghostify.tracing.example import evaluating
@@ -71,7 +71,8 @@ def distill(
 
     Started by ``torchrun`` or ``accelerate launch``, each of several processes calls this with models on its
     own device and with the same data (no DistributedSampler); it learns from its rows of every batch, so the batch size
-    is that of all of them together.
+    is that of all of them together. What looks at several rows at once sees those of its own process: batch norms,
+    MixUp, ``loss="dist"`` and the features' ``"mse"``.
 
     Args:
         student: Gives class scores ``(n, classes, ...)``. Parameters with ``requires_grad=False`` stay as they are.
@@ -113,26 +114,27 @@ def distill(
     device = parameter.device
     with preserved_random_state(device):  # what has no length is gone through, and may draw
         steps_per_epoch = count_batches(data, "data")
-        if val is not None:
-            count_batches(val, "val")
-        elif config.patience is not None:
+        batches_of_val = None if val is None else count_batches(val, "val")
+        if val is None and config.patience is not None:
             raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
     steps = epochs * steps_per_epoch
     processes = launched(device)
     reader = Reader(device, parameter.dtype, config.channels_last, settled_precision(config.precision, device))
     steps_per_look = _steps_per_look(device)
-    states = None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, config)
+    states = (
+        None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, batches_of_val, config)
+    )
     found = find_state(states, resume=resume)
     processes.check_position(*((found[0].epoch, found[0].step) if found else (1, 0)), device)
 
     def soft_loss(scores: Tensor, wanted: Tensor) -> Tensor:
         return config.loss_function(scores, wanted, config.temperature)
 
-    def scored(model: nn.Module) -> Scores | None:
+    def scored(model: nn.Module, stop: Stop | None = None) -> Scores | None:
         processes.agree(model)
         if val is None:
             return None
-        return validate(model, teacher=teacher, val=val, reader=reader, loss=soft_loss, processes=processes)
+        return validate(model, teacher=teacher, val=val, reader=reader, loss=soft_loss, processes=processes, stop=stop)
 
     def store(*, is_best: bool) -> None:
         if folder is not None and processes.is_main:
@@ -153,14 +155,15 @@ def distill(
         stack.enter_context(evaluating(student, teacher))  # also gives the flags back at the end
         stack.enter_context(torch.enable_grad())
         taps = stack.enter_context(FeatureTaps(student, teacher, config.features)) if config.features else None
-        stop = stack.enter_context(watched_signals(watch=states is not None))
         show = stack.enter_context(progress_bar(config.progress if processes.is_main else False, epochs, steps))
-        reseed(config.seed, 0, 0, device)
+        begin_epoch(data, 1, seed=config.seed, device=device)
         with reader.autocast():
             for name, batches in (("data", data), ("val", val)):
                 if batches is not None:
                     batch = first_batch(batches, reader, name)
                     processes.check_data(batch, name)
+                    if name == "data":
+                        begins = batch_facts(batch).cpu()
                     classes = check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
                     check_classes(classes, config)
                     if taps is not None:
@@ -174,29 +177,38 @@ def distill(
             items = read_epoch(data, epochs, 0, processes=Processes(), seed=config.seed, device=device)
             answers = KnownAnswers(teacher, (item.value for item in items), steps_per_epoch, reader)
         learner = Learner(student, teacher, config, processes, reader, taps, answers)
-        validating = 0.0  # seconds
         if found is None:
             # Epoch 0: the student as it came.
             began = time.perf_counter()
             start = scored(student)
-            validating = time.perf_counter() - began
-            check_teacher(start, classes)
+            progress = Progress(
+                start=start, best=start, scores=start, seconds_per_validation=time.perf_counter() - began
+            )
+            progress.begins = tuple(begins.tolist())
+            check_start(start, classes)
             if start is not None and not math.isfinite(start.loss):
                 raise TrainingError(
                     "student gives scores on val that are NaN or infinite, before any training. Check its weights."
                 )
-            progress = Progress(start=start, best=start, scores=start)
             last = best = snapshot(student)
             if states is not None and processes.is_main:
                 states.clear()
-            store(is_best=True)  # writes to the folder before any work is spent
         else:
             progress, last, best = restore(found, learner)
-            log.info(
-                "going on at epoch %d of %d, step %d of %d", progress.epoch, epochs, progress.step, steps_per_epoch
-            )
+            log.info("%s", progress.line(epochs, steps_per_epoch))
+            if progress.begins and not alike(begins, torch.tensor(progress.begins, dtype=begins.dtype)):
+                log.warning(
+                    "data begins with another batch than when the run was begun: it goes on, but not as it would have. "
+                    "Order and augmentation should come from the epoch's number or torch's, NumPy's or Python's global "
+                    "random numbers (persistent_workers keep their own)"
+                )
+        store(is_best=True)  # to the folder before any work is spent, or what a kill left out after the state
 
+        # Until here there was nothing to write down; signals did what they always do.
+        stop = stack.enter_context(watched_signals(watch=states is not None, alone=processes.count == 1))
         steps_before = (progress.epoch - 1) * steps_per_epoch + progress.step
+        steps_timed = min(_STEPS_TIMED, steps_per_epoch - progress.step)
+        settled = False  # whether what there is now is the state after a step
         journal = stack.enter_context(
             RunLog(
                 folder if processes.is_main else None,
@@ -217,14 +229,14 @@ def distill(
                 for item in read_epoch(
                     data, epoch, progress.step, processes=processes, seed=config.seed, device=device
                 ):
-                    step = item.step
+                    step, settled = item.step, False
                     done = (epoch - 1) * steps_per_epoch + step + 1
                     rate = learning_rate(done - 1, steps, config)
                     made = learner.step(item, rate, stop=bool(stop))
                     loss_sum += made.loss_sum
                     finite += made.finite
                     progress.examples += made.examples
-                    look = (step + 1) % steps_per_look == 0
+                    look = done % steps_per_look == 0 or step + 1 == steps_per_epoch
                     if look and int(finite) <= step:
                         raise non_finite(epoch, step, int(finite), rate, item, learner, folder)
                     spent = time.perf_counter() - began
@@ -234,18 +246,20 @@ def distill(
                             show(completed=done, epoch=epoch, loss=loss, rate=speed, val=scores_line(progress.scores))
                         if done % _STEPS_PER_ROW == 0:
                             journal.step(done, loss=loss, lr=rate, images_per_second=speed)
-                    if done - steps_before == _STEPS_TIMED and step + 1 >= _STEPS_TIMED and processes.is_main:
+                    if done - steps_before == steps_timed and processes.is_main:
                         left = expected_seconds(
-                            spent / _STEPS_TIMED,
+                            spent / steps_timed,
                             steps - done,
-                            seconds_per_validation=validating,
+                            seconds_per_validation=progress.seconds_per_validation,
                             validations=epochs - epoch + 1,
                         )
                         log.info("this will take %s", expected_line(left, epochs - epoch + 1, steps_per_epoch))
                     learner.update()
-                    progress.step = step + 1
+                    progress.step, settled = step + 1, True
                     if look and int(made.stops):
                         remember()
+                        processes.wait()  # the first one to go would take the others along
+                        settled = False
                         raise stop.error()
                     if done % config.state_every == 0:
                         remember()
@@ -269,9 +283,11 @@ def distill(
                         epoch,
                     )
                 trained = time.perf_counter()
-                scores = scored(learner.kept)
+                scores = scored(learner.kept, stop)
+                progress.seconds_per_validation = time.perf_counter() - trained
                 if not _is_healthy(learner, scores, batch):
                     raise diverged(f"after epoch={epoch}, lr={rate:.3g}", epoch, config, folder)
+                settled = False
                 last = snapshot(learner.kept)
                 is_best = scores is None or progress.best is None or scores.rank > progress.best.rank
                 if is_best:
@@ -290,21 +306,26 @@ def distill(
                 loss_sum = torch.zeros(())
                 waited = config.patience is not None and epoch - progress.best_epoch >= config.patience
                 progress.finished = epoch == epochs or waited
-                store(is_best=is_best)
-                remember()
+                # In this order a kill leaves out nothing: who goes on drops rows after the state, and stores anew.
                 journal.epoch((epoch - 1) * steps_per_epoch + step + 1, record, scores)
+                remember()
+                store(is_best=is_best)
                 if processes.is_main:
                     log.info(epoch_line(record, epochs, scores))
                 if waited and epoch < epochs:
                     log.info("no epoch was better on val than epoch %d: stopping after %d", progress.best_epoch, epoch)
-                if stop and not progress.finished and processes.count == 1:
+                if stop and processes.count == 1:
                     raise stop.error()
-        except NonFiniteLossError:  # with the settings that led there, nobody wants to go on
+        except NonFiniteLossError:  # what may have spoilt the student is taken back, complete epochs are not
             if states is not None and processes.is_main:
-                states.clear()
+                states.rewind(progress.epoch)
             student.load_state_dict(last)
             raise
-        except BaseException:  # by hand too: what is in memory is then what is on disk
+        except BaseException:  # by hand, or because the data cannot be read
+            if settled:
+                remember()
+            if states is not None and states.exist and processes.is_main:
+                log.warning("stopped: with resume=True (--resume) it goes on from %s", states.folder)
             student.load_state_dict(last)
             raise
         finally:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ghostify.distillation.batches import Reader, check_labels
 from ghostify.distillation.history import Scores
 from ghostify.distillation.processes import Processes
-from ghostify.errors import NonFiniteLossError
+from ghostify.distillation.stopping import Stop
+from ghostify.errors import InputsError, NonFiniteLossError
 from ghostify.tracing.example import evaluating
 
 
@@ -24,6 +25,7 @@ def validate(
     reader: Reader,
     loss: Callable[[Tensor, Tensor], Tensor],
     processes: Processes,
+    stop: Stop | None = None,
 ) -> Scores:
     """Score a student on all of the validation data; both models' modes are restored.
 
@@ -36,9 +38,10 @@ def validate(
         reader: Moves them to the models.
         loss: Distillation loss of student's and teacher's scores.
         processes: Each scores its own rows of every batch.
+        stop: Asked at every batch; not where several processes would have to leave together.
 
     Raises:
-        InputsError: Labels that do not fit the scores.
+        InputsError: Labels that do not fit the scores, or no batch at all.
         NonFiniteLossError: The teacher's scores are NaN or infinite.
     """
     # loss, agreeing, right, teacher right, scores that are not finite, the same of the teacher
@@ -46,6 +49,8 @@ def validate(
     examples = answers = labelled = 0
     with evaluating(student, teacher), torch.no_grad():
         for item in val:
+            if stop and processes.count == 1:
+                raise stop.error()
             batch = reader.read(item, "val")
             batch = batch.rows(processes.rows(len(batch.inputs)))
             if not len(batch.inputs):
@@ -66,6 +71,8 @@ def validate(
                 sums[3] += (reference == batch.labels).sum()
     counts = processes.sum(torch.tensor([examples, answers, labelled], device=reader.device))
     examples, answers, labelled = counts.tolist()
+    if not examples:
+        raise InputsError("val yields no batch any more. Pass something that can be iterated anew.")
     total, agreeing, right, teacher_right, bad, teacher_bad = processes.sum(sums).tolist()
     if teacher_bad:
         raise NonFiniteLossError(

@@ -168,10 +168,37 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(
         "epochs.csv",
         "history.json",
         "last.safetensors",
+        "state",
         "steps.csv",
     ]
+    assert max(path.stem for path in (tmp_path / "state").iterdir()) == "000003-000000000"
     assert all(module.training for module in (*student.modules(), *teacher.modules()))
     assert all(p.grad is None for p in student.parameters())
+
+
+def test_after_a_bad_batch_a_run_goes_on_from_the_last_complete_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(out: Path, data, **options) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        student, teacher = normed()
+        distill(student, teacher=teacher, data=data, epochs=4, out=out, **options)
+        return state(student)
+
+    whole = run(tmp_path / "whole", Spoilt(9, None))
+    torn = {"out": tmp_path / "run", "config": DistillConfig(state_every=1)}
+    with pytest.raises(NonFiniteLossError, match=r"so does .*last.safetensors'. With resume=True the run goes on"):
+        run(data=Spoilt(2, lambda: X * float("nan")), **torn)
+    with pytest.raises(OutputError, match="holds a run that is not finished"):
+        run(data=Spoilt(9, None), **torn)
+    assert same(run(data=Spoilt(9, None), resume=True, **torn), whole)
+    assert len(json.loads((tmp_path / "run" / "history.json").read_text())["epochs"]) == 4
+
+    calmer = {"out": tmp_path / "calmer"}
+    with pytest.raises(NonFiniteLossError):
+        run(data=Spoilt(2, lambda: X * float("nan")), **calmer)
+    run(data=Spoilt(9, None), resume=True, config=DistillConfig(lr=0.01), **calmer)
+    assert "from here on lr=0.01; the run was begun with 0.05" in caplog.text
 
 
 def test_a_late_look_still_names_the_step_and_does_not_blame_the_batch_at_hand(
@@ -297,12 +324,14 @@ def test_an_unwritable_folder_is_found_before_the_first_step(tmp_path: Path) -> 
     before, steps = state(student), []
 
     class Counted(Spoilt):
-        def set_epoch(self, epoch: int) -> None:
-            steps.append(epoch)
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for batch in (X, X + 1, X):
+                steps.append(batch)
+                yield batch
 
     with pytest.raises(OutputError, match="cannot be written"):
         distill(student, teacher=teacher, data=Counted(9, None), out=tmp_path / "file" / "run")
-    assert steps == []
+    assert len(steps) == 1  # the batch that is looked at
     assert same(state(student), before)
 
 

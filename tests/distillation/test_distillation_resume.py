@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ghostify.distillation import DistillConfig, ImageBatches, distill
+from ghostify.distillation import DistillConfig, ImageBatches, distill, training
 from ghostify.distillation.state import Progress, read_state, write_state
+from ghostify.distillation.stopping import watched_signals
 from ghostify.errors import OptionError, OutputError
 
 EPOCHS, STEPS = 3, 6
@@ -76,6 +78,26 @@ class Interrupted:
         for step, batch in enumerate(self.data):
             if (self.epoch, step) == self.at:
                 self.act()
+            yield batch
+
+
+class Interrupting:
+    """The same for a loader, whose parts can be seen."""
+
+    def __init__(self, loader, epoch: int, step: int) -> None:
+        self.loader, self.at, self.passes = loader, (epoch, step), -1  # the first pass looks at one batch
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        self.passes += 1
+        for step, batch in enumerate(self.loader):
+            if (self.passes, step) == self.at:
+                stop()
             yield batch
 
 
@@ -237,24 +259,151 @@ def test_what_would_be_lost_or_mixed_up_is_refused(tmp_path: Path) -> None:
     kept = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     with pytest.raises(OutputError, match=r"holds a run that is not finished\. Pass resume=True"):
         run(tmp_path)
-    with pytest.raises(OptionError, match=r"lr=0.1, and the run in .* was begun with 0.05"):
-        run(tmp_path, resume=True, config=DistillConfig(lr=0.1))
+    with pytest.raises(OptionError, match=r"momentum=0.5, and the run in .* was begun with 0.9"):
+        run(tmp_path, resume=True, config=DistillConfig(momentum=0.5))
+    again = {"epochs": EPOCHS, "out": tmp_path, "config": CONFIG, "resume": True}
     with pytest.raises(OptionError, match=r"teacher's weights=.*was begun with"):
-        distill(network(2), teacher=network(3), data=batches(), epochs=EPOCHS, out=tmp_path, config=CONFIG, resume=True)
+        distill(network(2), teacher=network(3), data=batches(), val=batches(), **again)
     wider = nn.Sequential(*network(2), nn.Linear(4, 4))
     with pytest.raises(OptionError, match=r": student's shapes: 7.weight=\[4, 4\], and .* with None\. Pass") as told:
-        distill(wider, teacher=network(1), data=batches(), epochs=EPOCHS, out=tmp_path, config=CONFIG, resume=True)
+        distill(wider, teacher=network(1), data=batches(), val=batches(), **again)
     assert len(str(told.value)) < 300 + len(str(tmp_path))
     with pytest.raises(OptionError, match=r"resume=True needs the folder of the run"):
         distill(network(2), teacher=network(1), data=batches(), resume=True)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.*")} == kept
 
 
+def test_what_nothing_can_go_on_from_is_refused_and_kept(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupted(batches(), 2, 3, stop))
+    kept = (tmp_path / "history.json").read_bytes()
+    states = list((tmp_path / "state").iterdir())
+    for path in states:
+        path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(OutputError, match=r"all 3 states in .* are damaged"):
+        run(tmp_path, resume=True)
+    for path in states:
+        path.unlink()
+    with pytest.raises(
+        OutputError, match=r"holds no state to go on from, and history.json beside it tells of 1 epochs"
+    ):
+        run(tmp_path, resume=True)
+    assert (tmp_path / "history.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("moment", ["RunLog.epoch", "States.write", "write_weights", "write_history"])
+def test_killed_while_an_epoch_is_written_down_it_loses_no_row(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DistillConfig(lr=0.05)
+    whole = run(tmp_path / "whole", config=config)
+    *held_by, name = moment.split(".")
+    owner = getattr(training, held_by[0]) if held_by else training
+    there, calls = getattr(owner, name), []
+
+    def killed(*args, **options) -> None:
+        calls.append(1)
+        if "write" in name and not (tmp_path / "run/epochs.csv").exists():
+            return there(*args, **options)  # the start
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(owner, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", config=config)
+    assert calls
+    assert same(run(tmp_path / "run", resume=True, config=config), whole)
+    for file in ("epochs.csv", "steps.csv"):
+        rows = [(tmp_path / part / file).read_text().splitlines() for part in ("whole", "run")]
+        assert [row.split(",")[:5] for row in rows[0]] == [row.split(",")[:5] for row in rows[1]]
+
+
+def test_an_error_in_the_data_loses_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def unreadable() -> None:
+        raise OSError("disk is gone")
+
+    config = DistillConfig(lr=0.05)  # no state is due by itself
+    whole = run(tmp_path / "whole", config=config)
+    with pytest.raises(OSError, match="disk is gone"):
+        run(tmp_path / "run", Interrupted(batches(), 2, 4, unreadable), config=config)
+    assert max((tmp_path / "run/state").iterdir()).stem == "000002-000000004"
+    assert f"with resume=True (--resume) it goes on from {tmp_path / 'run/state'}" in caplog.text
+    assert same(run(tmp_path / "run", resume=True, config=config), whole)
+
+
+def test_a_signal_ends_a_validation(tmp_path: Path) -> None:
+    config, passes = DistillConfig(lr=0.05), []
+
+    class Watched:
+        def __len__(self) -> int:
+            return STEPS
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            passes.append(0)
+            for pixels, labels in batches():
+                if len(passes) == 2 + EPOCHS:  # looked at, the start, … the last epoch
+                    os.kill(os.getpid(), signal.SIGTERM)
+                passes[-1] += 1
+                yield pixels, labels
+
+    def validated(out: Path, val, *, resume: bool = False) -> dict[str, torch.Tensor]:
+        student, options = network(2), {"epochs": EPOCHS, "config": config, "out": out, "resume": resume}
+        distill(student, teacher=network(1), data=batches(), val=val, **options)
+        return student.state_dict()
+
+    whole = validated(tmp_path / "whole", batches())
+    with pytest.raises(SystemExit):
+        validated(tmp_path / "run", Watched())
+    assert passes[-1] == 1
+    assert same(validated(tmp_path / "run", batches(), resume=True), whole)
+
+
+def test_a_repeated_sigterm_changes_nothing_and_one_process_hears_a_second_sigint() -> None:
+    for alone in (True, False):
+        with watched_signals(watch=True, alone=alone) as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt) if alone else nullcontext():
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_loader_with_a_generator_of_its_own_goes_on(tmp_path: Path, sampled: bool) -> None:
+    def loader() -> torch.utils.data.DataLoader:
+        images = torch.utils.data.TensorDataset(*next(iter(batches(batch_size=16 * STEPS))))
+        own = torch.Generator().manual_seed(5)
+        if sampled:
+            sampler = torch.utils.data.RandomSampler(images, generator=own)
+            return torch.utils.data.DataLoader(images, batch_size=16, sampler=sampler)
+        return torch.utils.data.DataLoader(images, batch_size=16, shuffle=True, generator=own)
+
+    whole = run(tmp_path / "whole", Interrupting(loader(), 9, 9))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", Interrupting(loader(), 2, 3))
+    assert same(run(tmp_path / "run", Interrupting(loader(), 9, 9), resume=True), whole)
+
+
+def test_other_data_are_told_of_when_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupted(batches(), 2, 3, stop))
+    run(tmp_path, batches(), resume=True)
+    assert "another batch" not in caplog.text
+    other = batches()
+    other.images = 255 - other.images
+    run(tmp_path, other, resume=True)
+    assert "data begins with another batch than when the run was begun" in caplog.text
+    with pytest.raises(OptionError, match="batches of val=None"):
+        distill(network(2), teacher=network(1), data=batches(), epochs=EPOCHS, out=tmp_path, config=CONFIG, resume=True)
+
+
 def test_only_two_states_are_kept_and_a_state_says_everything(tmp_path: Path) -> None:
     (tmp_path / ".000001-000000000.a1b2c3d4.safetensors").write_bytes(b"half of a st")  # of a process that was killed
-    for step in range(4):
-        write_state(tmp_path, Progress(step=step), {"a": torch.arange(step)}, {"lr": 0.1})
-    assert len(list(tmp_path.iterdir())) == 2
+    for epoch, step in [(1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2), (3, 3)]:
+        write_state(tmp_path, Progress(epoch=epoch, step=step), {"a": torch.arange(step)}, {"lr": 0.1})
+    kept = ["000003-000000000", "000003-000000002", "000003-000000003"]  # and that of the last complete epoch
+    assert sorted(path.stem for path in tmp_path.iterdir()) == kept
     progress, tensors = read_state(tmp_path, {"lr": 0.1})
-    assert progress == Progress(step=3)
+    assert progress == Progress(epoch=3, step=3)
     assert tensors["a"].tolist() == [0, 1, 2]
