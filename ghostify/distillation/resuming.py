@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ghostify.distillation.checkpoint import State, snapshot
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.history import read_history
 from ghostify.distillation.learning import Learner
+from ghostify.distillation.processes import alike
 from ghostify.distillation.state import (
     Progress,
     clear_states,
@@ -24,6 +26,8 @@ from ghostify.distillation.state import (
 )
 from ghostify.errors import InputsError, OptionError, OutputError
 from ghostify.states import versioned
+
+log = logging.getLogger(__name__)
 
 Found = tuple[Progress, dict[str, Tensor]]
 
@@ -138,13 +142,24 @@ def _epochs_told(history: Path) -> int:
         return 0
 
 
-def restore(found: Found, learner: Learner) -> tuple[Progress, State, State]:
+def restore(found: Found, learner: Learner, begins: Tensor) -> tuple[Progress, State, State]:
     """Put a learner where a run was.
+
+    Args:
+        found: The state.
+        learner: Changed in place.
+        begins: Facts of the first batch of the data, which should be those that the run was begun with.
 
     Returns:
         How far it was, and the weights of its last and its best epoch.
     """
     progress, tensors = found
+    if progress.begins and not alike(begins, torch.tensor(progress.begins, dtype=begins.dtype)):
+        log.warning(
+            "data begins with another batch than when the run was begun: it goes on, but not as it would have. Order "
+            "and augmentation should come from the epoch's number or global random numbers of torch, NumPy or Python "
+            "(persistent_workers keep their own)"
+        )
 
     def part(name: str) -> dict[str, Tensor]:
         return {key.split(":", 1)[1]: value for key, value in tensors.items() if key.startswith(f"{name}:")}

@@ -26,7 +26,7 @@ from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog, expected_line, expected_seconds
 from ghostify.distillation.optimisation import learning_rate, settled_precision
 from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_start, first_batch
-from ghostify.distillation.processes import Processes, alike, batch_facts, begin_epoch, launched, read_epoch
+from ghostify.distillation.processes import Processes, batch_facts, begin_epoch, launched, read_epoch
 from ghostify.distillation.progress import epoch_line, progress_bar, scores_line
 from ghostify.distillation.randomness import preserved_random_state
 from ghostify.distillation.resuming import States, find_state, restore
@@ -194,14 +194,8 @@ def distill(
             if states is not None and processes.is_main:
                 states.clear()
         else:
-            progress, last, best = restore(found, learner)
+            progress, last, best = restore(found, learner, begins)
             log.info("%s", progress.line(epochs, steps_per_epoch))
-            if progress.begins and not alike(begins, torch.tensor(progress.begins, dtype=begins.dtype)):
-                log.warning(
-                    "data begins with another batch than when the run was begun: it goes on, but not as it would have. "
-                    "Order and augmentation should come from the epoch's number or torch's, NumPy's or Python's global "
-                    "random numbers (persistent_workers keep their own)"
-                )
         store(is_best=True)  # to the folder before any work is spent, or what a kill left out after the state
 
         # Until here there was nothing to write down; signals did what they always do.

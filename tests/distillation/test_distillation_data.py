@@ -210,8 +210,10 @@ def test_parquet_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="names no folder"):
         load_data("parquet")
     stored(tmp_path, "train", pictures(6))
-    with pytest.raises(OptionError, match="val_size=5000 cannot be held out of 6"):
-        load_data(f"parquet:{tmp_path}")
+    splits = load_data(f"parquet:{tmp_path}")
+    assert (splits.train.total, splits.val.total) == (5, 1)
+    with pytest.raises(OptionError, match="val_size=6 cannot be held out of 6"):
+        load_data(f"parquet:{tmp_path}", DataOptions(val_size=6))
     stored(tmp_path, "train", pictures(6), labels=False)
     with pytest.raises(InputsError, match="has the columns img; "):
         load_data(f"parquet:{tmp_path}")
