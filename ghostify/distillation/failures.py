@@ -1,15 +1,27 @@
-"""What to say of a student that stopped giving numbers."""
+"""A student that stopped giving numbers: how it is noticed, and what is said of it."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
+from ghostify.distillation.batches import Batch
 from ghostify.distillation.config import DistillConfig
+from ghostify.distillation.history import Scores
 from ghostify.distillation.learning import Learner
 from ghostify.distillation.processes import Item
 from ghostify.errors import NonFiniteLossError
+from ghostify.tracing.example import evaluating
+
+
+def is_healthy(learner: Learner, scores: Scores | None, batch: Batch) -> bool:
+    """Whether a student still gives numbers: no loss has shown yet what the last step made of it."""
+    if scores is not None:
+        return math.isfinite(scores.loss)
+    with evaluating(learner.kept), torch.no_grad(), learner.reader.autocast():
+        return bool(torch.isfinite(learner.kept(batch.inputs)).all())
 
 
 def non_finite(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ghostify.distillation import Augment, DistillConfig, ImageBatches, answers, distill
-from ghostify.distillation import training as training_module
+from ghostify.distillation import loop as loop_module
 from ghostify.errors import InputsError, OptionError, TrainingError
 
 CONFIG = DistillConfig(lr=0.05, precision="fp32", cache_teacher=True, state_every=1)
@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path: Path) -> No
 
 
 def test_examples_that_change_are_refused_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_module.Learner, "update", lambda learner: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop_module.Learner, "update", lambda learner: pytest.fail("a step was taken"))
     with pytest.raises(InputsError, match=r"cache_teacher=True: \d+ of 16 examples of a batch are others"):
         learned(CONFIG, batches(augment=Augment(padding=2)))
 

@@ -152,7 +152,7 @@ def normed() -> tuple[nn.Module, nn.Module]:
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_per_look: int
 ) -> None:
-    monkeypatch.setattr("ghostify.distillation.training._steps_per_look", lambda device: steps_per_look)
+    monkeypatch.setattr("ghostify.distillation.loop._steps_per_look", lambda device: steps_per_look)
     student, teacher = normed()
     start = state(student)
     data = Spoilt(2, lambda: X * float("nan"))
@@ -204,7 +204,7 @@ def test_after_a_bad_batch_a_run_goes_on_from_the_last_complete_epoch(
 def test_a_late_look_still_names_the_step_and_does_not_blame_the_batch_at_hand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ghostify.distillation.training._steps_per_look", lambda device: 20)
+    monkeypatch.setattr("ghostify.distillation.loop._steps_per_look", lambda device: 20)
     student, teacher = normed()
     before = state(student)
     data = [X, X * float("nan"), X, X]

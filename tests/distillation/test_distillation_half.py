@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ghostify.distillation import DistillConfig, ImageBatches, distill
-from ghostify.distillation import training as training_module
+from ghostify.distillation import loop as loop_module
 from ghostify.errors import NonFiniteLossError, OptionError
 
 
@@ -58,16 +58,16 @@ def test_a_step_with_a_gradient_that_is_too_large_is_left_out(monkeypatch: pytes
         return 300 * (student.float() - teacher.float()).square().mean()
 
     scales: list[float] = []
-    update = training_module.Learner.update
+    update = loop_module.Learner.update
 
-    def noted(learner: training_module.Learner) -> None:
+    def noted(learner: loop_module.Learner) -> None:
         before = [parameter.detach().clone() for parameter in learner.parameters]
         update(learner)
         same = all(torch.equal(old, new) for old, new in zip(before, learner.parameters))
         scales.append(learner.scaler.get_scale())
         assert same == (scales[-1] < (scales[-2] if len(scales) > 1 else 65536))
 
-    monkeypatch.setattr(training_module.Learner, "update", noted)
+    monkeypatch.setattr(loop_module.Learner, "update", noted)
     _, losses = learned("fp16", loud, lr=0.001)
     assert scales[0] == 32768 > scales[-1] == scales[-2]
     assert losses[-1] < losses[0]
@@ -106,7 +106,7 @@ def test_an_epoch_whose_steps_were_done_before_is_not_told_of(
         distill(network(2), teacher=network(1), data=batches(), epochs=1, out=tmp_path, config=config, resume=resume)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training_module, "_is_healthy", interrupt)
+        patched.setattr(loop_module, "is_healthy", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(resume=False)
     caplog.clear()

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import ghostify
 from ghostify.distillation import DistillConfig, FeatureTaps, ImageBatches, distill
+from ghostify.distillation import loop as loop_module
 from ghostify.distillation import processes as processes_module
-from ghostify.distillation import training as training_module
 from ghostify.distillation.batches import Batch
 from ghostify.distillation.learning import swapped_norms
 from ghostify.distillation.processes import Processes, read_epoch
@@ -67,13 +67,13 @@ def test_norms_that_are_frozen_keep_their_statistics_and_learn_the_rest(freeze: 
 
 def test_the_average_is_what_is_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[dict[str, torch.Tensor]] = []
-    update = training_module.Learner.update
+    update = loop_module.Learner.update
 
-    def noted(learner: training_module.Learner) -> None:
+    def noted(learner: loop_module.Learner) -> None:
         update(learner)
         steps.append({name: value.clone() for name, value in learner.student.state_dict().items()})
 
-    monkeypatch.setattr(training_module.Learner, "update", noted)
+    monkeypatch.setattr(loop_module.Learner, "update", noted)
     student = network(2)
     distill(student, teacher=network(1), data=batches(), epochs=2, out=tmp_path, config=DistillConfig(lr=0.05, ema=0.7))
     average = {name: value.clone() for name, value in steps[0].items()}
@@ -107,10 +107,10 @@ def test_frozen_norms_need_norms_and_see_no_rows_of_others() -> None:
 def test_it_stops_where_patience_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     accuracies = iter([0.1, 0.5, 0.4, 0.3, 0.9])
 
-    def dictated(student: nn.Module, **_) -> training_module.Scores:
-        return training_module.Scores(loss=1.0, agreement=0.5, accuracy=next(accuracies), teacher_accuracy=0.9)
+    def dictated(student: nn.Module, **_) -> loop_module.Scores:
+        return loop_module.Scores(loss=1.0, agreement=0.5, accuracy=next(accuracies), teacher_accuracy=0.9)
 
-    monkeypatch.setattr(training_module, "validate", dictated)
+    monkeypatch.setattr(loop_module, "validate", dictated)
     config = DistillConfig(lr=0.05, patience=2)
     with caplog.at_level(logging.INFO):
         run = distill(network(2), teacher=network(1), data=batches(), val=batches(), epochs=9, config=config)

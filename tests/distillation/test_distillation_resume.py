@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ghostify.distillation import DistillConfig, ImageBatches, distill, training
+from ghostify.distillation import DistillConfig, ImageBatches, distill, loop
 from ghostify.distillation.state import Progress, read_state, write_state
 from ghostify.distillation.stopping import watched_signals
 from ghostify.errors import OptionError, OutputError
@@ -298,7 +298,7 @@ def test_killed_while_an_epoch_is_written_down_it_loses_no_row(
     config = DistillConfig(lr=0.05)
     whole = run(tmp_path / "whole", config=config)
     *held_by, name = moment.split(".")
-    owner = getattr(training, held_by[0]) if held_by else training
+    owner = getattr(loop, held_by[0]) if held_by else loop
     there, calls = getattr(owner, name), []
 
     def killed(*args, **options) -> None:

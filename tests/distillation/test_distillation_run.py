@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ghostify.distillation import Augment, DistillConfig, ImageBatches, distill, logit_mse
-from ghostify.distillation import training as training_module
+from ghostify.distillation import loop as loop_module
 
 
 def network(seed: int = 0, classes: int = 4) -> nn.Module:
@@ -196,11 +196,11 @@ def test_the_best_weights_are_kept_and_stored(tmp_path: Path, monkeypatch: pytes
     accuracies = iter([0.1, 0.5, 0.9, 0.3])
     ends: list[dict[str, torch.Tensor]] = []
 
-    def dictated(student: nn.Module, **_) -> training_module.Scores:
+    def dictated(student: nn.Module, **_) -> loop_module.Scores:
         ends.append(state(student))
-        return training_module.Scores(loss=1.0, agreement=0.5, accuracy=next(accuracies), teacher_accuracy=0.9)
+        return loop_module.Scores(loss=1.0, agreement=0.5, accuracy=next(accuracies), teacher_accuracy=0.9)
 
-    monkeypatch.setattr(training_module, "validate", dictated)
+    monkeypatch.setattr(loop_module, "validate", dictated)
     student = network(2)
     run = distill(student, teacher=network(1), data=images(), val=images(32), epochs=3, out=tmp_path / "run")
     assert run.best_epoch == 2
@@ -227,7 +227,7 @@ def test_a_start_that_no_epoch_beats_is_given_back(caplog: pytest.LogCaptureFixt
 
 
 def test_among_equally_accurate_epochs_the_lower_loss_is_best() -> None:
-    scores = training_module.Scores
+    scores = loop_module.Scores
     assert scores(0.5, 0.1, 0.9, None).rank > scores(0.6, 0.9, 0.9, None).rank > scores(0.1, 0.9, 0.8, None).rank
     assert scores(0.5, 0.9, None, None).rank > scores(0.1, 0.8, None, None).rank  # without labels: agreement
 
