@@ -63,21 +63,35 @@ def _cifar(name: str, seed: int, shared: Path) -> Case:
 
 
 def _imagenet(name: str, seed: int, shared: str | Path, weights: Path) -> Case:
+    model, mean, std = imagenet_model(name, weights)
+    images, labels = photographs(shared)
+    start, score = halves(len(images))
+    starting = ImageBatches(images[start], None, batch_size=32, mean=mean, std=std, seed=seed)
+    scoring = ImageBatches(images[score], labels[score], batch_size=32, mean=mean, std=std)
+    return Case(model.eval(), _sampler(starting), lambda: scoring)
+
+
+def imagenet_model(name: str, weights: Path) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """A network with its weights, and the mean and deviation that its inputs are to have been normalised with."""
     files = sorted(weights.rglob(IMAGENET_WEIGHTS[name]))
     if not files:
         raise SystemExit(f"--imagenet {weights}: {IMAGENET_WEIGHTS[name]} is not in it; see benchmarks/networks.py")
     if name == "mobilenet_v2":
         model = ghostify.load_model("torchvision:mobilenet_v2", weights=files[0])
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    else:
-        model, mean, std = _efficientnet_lite0(files[0]), (0.498,), (0.502,)
+        return model, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return _efficientnet_lite0(files[0]), (0.498,), (0.502,)
+
+
+def photographs(shared: str | Path) -> tuple[Tensor, Tensor]:
+    """The centres of all photographs, ``(1000, 3, 224, 224)`` uint8, and their classes."""
     images, labels = read_parquet(Path(shared) / "imagenet-sample", "test")
-    images = images[:, :, _CROP, _CROP].contiguous()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_HALVES_SEED))
-    start, score = order.chunk(2)
-    starting = ImageBatches(images[start], None, batch_size=32, mean=mean, std=std, seed=seed)
-    scoring = ImageBatches(images[score], labels[score], batch_size=32, mean=mean, std=std)
-    return Case(model.eval(), _sampler(starting), lambda: scoring)
+    return images[:, :, _CROP, _CROP].contiguous(), labels
+
+
+def halves(count: int) -> tuple[Tensor, Tensor]:
+    """Which photographs start and which score."""
+    start, score = torch.randperm(count, generator=torch.Generator().manual_seed(_HALVES_SEED)).chunk(2)
+    return start, score
 
 
 def _sampler(batches: ImageBatches) -> Callable[[int], Tensor]:
