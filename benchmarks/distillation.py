@@ -8,7 +8,8 @@ distillation at T = 4, SGD with Nesterov momentum, one-cycle learning rates, gra
 one precision. All loops get copies of the same two models and the same augmented batches; making these counts, and
 validation is in none. torchdistill gets the batches as they are, without its loaders of single images. Rounds go
 through the loops in turn, every second one backwards, and the mean loss shows that all did the same work, but for one
-thing: torchdistill's settings cannot spare norms and biases the weight decay.
+thing: torchdistill's settings cannot spare norms and biases the weight decay. The share of peak is that of the
+multiply-accumulates of a product of large matrices on the same device, in the same precision.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from ghostify._torchvision import import_torchvision
 from ghostify.distillation import Augment, ImageBatches
 from ghostify.distillation.optimisation import learning_rate, settled_precision
 from ghostify.nn import cifar
+from ghostify.tracing.counting import count_macs
 
 RATE, TEMPERATURE, CLIP = 0.1, 4.0, 5.0
 SGD: dict[str, Any] = {"lr": RATE, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
@@ -213,6 +215,26 @@ def spread(values: list[float], digits: int) -> str:
     return f"{lower:.{digits}f} … {upper:.{digits}f}"
 
 
+def macs_per_image(work: Work) -> int:
+    """Of a step: the teacher's forward, and the student's with its backward, which costs twice as much."""
+    image = next(iter(work.batches))[0][:1].cpu()
+    teacher, student = (count_macs(copy.deepcopy(model).cpu(), image).macs for model in (work.teacher, work.student))
+    return teacher + 3 * student
+
+
+def peak_macs(work: Work, side: int, tries: int = 10) -> float:
+    """Multiply-accumulates a second of a product of matrices: the fastest of several."""
+    device = work.batches.images.device
+    matrix = torch.randn(side, side, device=device)
+    seconds = []
+    for _ in range(tries + 1):  # the first one is to warm up
+        began = time.perf_counter()
+        with torch.no_grad(), work.autocast():
+            float((matrix @ matrix)[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return side**3 / min(seconds[1:])
+
+
 def prepared(options: argparse.Namespace) -> Work:
     """The models and the batches of a command line."""
     count, device = options.batch * options.steps, torch.device(options.device)
@@ -252,11 +274,15 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # that torchvision's compiled operators, which nothing here uses, do not fit
     loops = [name for name in LOOPS if name != "torchdistill" or importlib.util.find_spec("torchdistill")]
-    found = measured(prepared(options), loops, options.rounds)
+    work = prepared(options)
+    found = measured(work, loops, options.rounds)
     headers = ["loop", "images/s", "quartiles", "fastest", "÷ by hand", "quartiles", "mean loss"]
     print(tabulate(lines(found), headers=headers, tablefmt="github", disable_numparse=True))
     if "torchdistill" not in loops:
         print("torchdistill is not installed: pip install 'ghostify[bench]'")
+    peak = peak_macs(work, side=2048 if options.device == "cpu" else 8192)
+    done = macs_per_image(work) * statistics.median(speed for speed, _ in found["ghostify"])
+    print(f"ghostify: {done / 1e9:,.1f} billion MACs a second, {100 * done / peak:.0f} % of {peak / 1e9:,.0f} billion")
     images = "random images" if options.random else "CIFAR-10"
     about = f"{options.network}, {images}, {options.rounds} rounds of {options.steps} batches of {options.batch}"
     precision = settled_precision(options.precision, torch.device(options.device))
