@@ -7,16 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils._pytree import tree_leaves
 
 from ghostify.errors import ConversionError
 from ghostify.nn.folded import PLAIN, affine, can_fold, folded
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan, Site
-from ghostify.tracing import Example, ExampleInputs, copier_memo, difference, evaluating, trace, unwrapped
+from ghostify.tracing import Example, ExampleInputs, copier_memo, difference, evaluating, tensors_in, trace, unwrapped
 from ghostify.tracing.example import require_module
 from ghostify.tracing.graph import Follower, follower_of
 from ghostify.tracing.sites import has_hooks
@@ -159,7 +158,7 @@ def _without_norm(norm: nn.Module, *, dims: int) -> nn.Module | None:
 
 def _largest(outputs: Any) -> tuple[float, torch.dtype]:
     """The largest finite value of a run's tensors, and the coarsest of their types."""
-    made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    made = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point()]
     values = [leaf[torch.isfinite(leaf)].abs() for leaf in made]
     largest = max((float(value.max()) for value in values if value.numel()), default=0.0)
     return largest, min((leaf.dtype for leaf in made), key=lambda dtype: dtype.itemsize, default=torch.float32)

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from ghostify.errors import ConversionError, PlanMismatchError
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning.choice import Choice, choose_layout
 from ghostify.spec import Decision, Plan
-from ghostify.tracing import Streams, Trace
+from ghostify.tracing import Streams, Trace, tensors_in
 
 # Sums in another order differ by rounding, and a deep network carries that on.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -132,8 +131,8 @@ def _permute_inputs(module: nn.Module, order: Tensor) -> None:
 
 
 def _compare(before: Any, after: Any) -> None:
-    for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
-        if not isinstance(old, Tensor) or not old.is_floating_point() or old.is_meta:
+    for old, new in zip(tensors_in(before), tensors_in(after), strict=True):
+        if not old.is_floating_point() or old.is_meta:
             continue
         known = torch.isfinite(old)
         largest = float(old[known].abs().max()) if known.any() else 0.0

@@ -156,8 +156,8 @@ def _solve_primary(
     with torch.no_grad():
         primary.weight.copy_(new.transpose(1, 2).reshape(primary.weight.shape))
         if primary.bias is not None:
-            predicted = (moments.sum_a.unsqueeze(-2) @ new).squeeze(-2)
-            primary.bias.copy_(((moments.sum_y - predicted) / moments.rows).flatten())
+            predicted = (moments.mean_a.unsqueeze(-2) @ new).squeeze(-2)
+            primary.bias.copy_((moments.mean_y - predicted).flatten())
     return moments.plain()[0]
 
 
@@ -202,7 +202,7 @@ def solve_cheap(
     if fusion == "mul":
         bias = solved[:, -1, 0]
     else:
-        bias = ((moments.sum_y - (moments.sum_a.unsqueeze(-2) @ solved).squeeze(-2)) / moments.rows)[:, 0]
+        bias = (moments.mean_y - (moments.mean_a.unsqueeze(-2) @ solved).squeeze(-2))[:, 0]
     unit.cheap_operation.assign(kernels, bias)
     return torch.zeros_like(bias) if unit.cheap_operation.has_bias else bias
 

@@ -6,6 +6,7 @@ the student in place. ``INITIALISERS`` holds those that have a name; a function 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -28,8 +29,8 @@ from ghostify.conversion.white_noise import solve_kernels
 from ghostify.errors import InputsError, OptionError
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning.choice import Choice, choose_layout
-from ghostify.planning.explained import channel_weight, norm_scale, site_shares
-from ghostify.planning.white import white_explained
+from ghostify.planning.explained import norm_scale, site_shares
+from ghostify.planning.white import white_shares
 from ghostify.spec import Decision, Plan
 from ghostify.tracing import Example, Trace, unmarked
 
@@ -114,10 +115,7 @@ def weights(conversion: Conversion) -> None:
     The input is taken for white noise, so that the filters' own correlations say how well a ghost
     follows its parent. What is known from a batch norm (how much a channel counts, its mean) is used.
     """
-    explained: dict[str, Tensor] = {}
-    for decision in conversion.plan.replaced:
-        conv, norm = conversion.original(decision), conversion.norm(decision)
-        explained[decision.site.name] = white_explained(conv, channel_weight(norm, conv.out_channels))
+    explained = {name: white_shares(conversion.facts, made.site) for name, made in conversion.decisions.items()}
     shared = shared_choices(conversion.decisions, conversion.facts.streams, explained)
     for name, decision in conversion.decisions.items():
         unit = conversion.unit(decision)
@@ -128,8 +126,13 @@ def weights(conversion: Conversion) -> None:
 def least_squares(conversion: Conversion) -> None:
     """Chosen filters; cheap kernels solved for each layer alone, on the teacher's own activations."""
     shared = _measured_choices(conversion)
-    for visit in _visits(conversion, student=conversion.facts.model):
-        _fit(conversion, visit, shared, refit_primary=False).note(conversion)
+    fitted = {
+        visit.decision.site.name: _fit(conversion, visit, shared, refit_primary=False).fitting
+        for visit in _visits(conversion, student=conversion.facts.model)
+    }
+    for visit in _visits(conversion, student=conversion.student):  # where the inputs are others
+        inputs, targets = ([_batched(maps, visit.decision) for maps in some] for some in (visit.inputs, visit.targets))
+        _note(conversion, visit.decision, fitted[visit.decision.site.name], inputs, targets)
 
 
 def sequential(conversion: Conversion) -> None:
@@ -147,7 +150,8 @@ def sequential(conversion: Conversion) -> None:
 def alternating(conversion: Conversion) -> None:
     """As ``sequential``; then primary and cheap kernels of each layer in turn, for what the output depends on.
 
-    That is what the activation lets through, each error weighted by what it costs at the output. See
+    That is what the activation lets through, each error weighted by what it costs at the output. Units of placement
+    ``paper``, of fusion ``add`` or ``mul``, or not in float32 stay as ``sequential`` leaves them. See
     [refinement][ghostify.conversion.refinement] and [sensitivity][ghostify.conversion.sensitivity].
     """
     generator = torch.Generator().manual_seed(conversion.seed)
@@ -193,6 +197,13 @@ def check_initialiser(name: str, *, calibrated: bool) -> None:
 def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
     """Every site in order, ready to be fitted; with a progress bar on a terminal."""
     facts, decisions = conversion.facts, conversion.decisions
+    for name, decision in decisions.items():
+        if (count := len(decision.site.calls)) > 1:
+            warnings.warn(
+                f"site={name!r} is called {count} times in a run: its unit is fitted to the first call alone, whose "
+                "error the plan tells.",
+                stacklevel=2,
+            )
     console = Console(stderr=True)
     fitted = [module for decision in conversion.plan.replaced for module in _fitted(conversion, decision)]
     with unmarked(facts.model), unmarked(student, but=fitted), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -232,12 +243,19 @@ class _Fitted:
     generator: torch.Generator
 
     def note(self, conversion: Conversion) -> None:
-        """Measure what is missed on the first inputs, and write it down."""
-        unit, chain = conversion.unit(self.decision), self.decision.site.chain
-        norm = conversion.facts.model.get_submodule(chain.norm) if chain is not None and chain.norm else None
-        count = sum(total <= _ERROR_IMAGES for total in accumulate((len(x) for x in self.inputs), initial=0))
-        error = left_over(unit, norm, self.inputs[:count], self.targets[:count])
-        conversion.fits[self.decision.site.name] = Fit(self.fitting.explained, error)
+        """Measure what is missed, and write it down."""
+        _note(conversion, self.decision, self.fitting, self.inputs, self.targets)
+
+
+def _note(
+    conversion: Conversion, decision: Decision, fitting: Fitting, inputs: list[Tensor], targets: list[Tensor]
+) -> None:
+    """Measure what a unit misses on the first inputs, and write it down."""
+    unit, chain = conversion.unit(decision), decision.site.chain
+    norm = conversion.facts.model.get_submodule(chain.norm) if chain is not None and chain.norm else None
+    count = sum(total <= _ERROR_IMAGES for total in accumulate((len(x) for x in inputs), initial=0))
+    error = left_over(unit, norm, inputs[:count], targets[:count])
+    conversion.fits[decision.site.name] = Fit(fitting.explained, error)
 
 
 def _measured_choices(conversion: Conversion) -> dict[str, Choice]:

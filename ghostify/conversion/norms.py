@@ -53,7 +53,7 @@ def estimate_norms(model: nn.Module, calibration: Calibration, *, images: int = 
         >>> round(layers[0].running_mean.item())
         3
     """
-    chunks = calibration_chunks(calibration, model, images)
+    chunks = calibration_chunks(calibration, model, images, whole=True)
     if not chunks:
         raise InputsError("calibration=None: there is nothing to estimate norms from. Pass images (n, c, h, w).")
     norms = {
@@ -61,7 +61,7 @@ def estimate_norms(model: nn.Module, calibration: Calibration, *, images: int = 
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and _has_statistics(module)
     }
-    folded = tuple(name for name, norm in norms.items() if _looks_folded(norm))
+    folded = tuple(name for name, norm in norms.items() if looks_folded(norm))
     if folded:
         warnings.warn(
             f"{len(folded)} of {len(norms)} batch norms hold mean 0 and variance 1 in every channel "
@@ -111,7 +111,7 @@ def _has_statistics(norm: _BatchNorm) -> bool:
     return norm.running_mean is not None and norm.running_var is not None and not is_lazy(norm.running_mean)
 
 
-def _looks_folded(norm: _BatchNorm) -> bool:
+def looks_folded(norm: _BatchNorm) -> bool:
     """Whether a norm's statistics are mean 0 and variance 1 in every channel."""
     assert norm.running_mean is not None
     assert norm.running_var is not None

@@ -6,7 +6,6 @@ import copy
 import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,13 @@ from ghostify.conversion.channel_order import fold_orders
 from ghostify.conversion.fits import with_fits
 from ghostify.conversion.initialisers import INITIALISERS, Conversion, Initialiser, check_initialiser
 from ghostify.conversion.verification import verify
-from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError, TraceError
+from ghostify.errors import ConversionError, InputsError, OptionError, PlanMismatchError
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning import (  # fmt: skip
     Budget,
     Goal,
     Override,
+    check_goal,
     chosen_spec,
     override_specs,
     plan_traced,
@@ -41,14 +41,11 @@ from ghostify.tracing import (
     is_site,
     lifted_as,
     on_meta,
-    trace,
     unmarked,
     unwrapped,
 )
-from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, check_runs
+from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, trace_calibrated
 from ghostify.tracing.graph import FUNCTIONS
-
-_TRACED = 2  # examples of a calibration batch that are enough to trace a model
 
 
 def convert(
@@ -80,11 +77,13 @@ def convert(
         ('CifarResNet', 'GhostConv2d')
     """
     default, model = chosen_spec(ratio, spec), unwrapped(model)
+    patterns, chosen = skip_patterns(skip), override_specs(overrides, default)
     start = _chosen_initialiser(initialiser, calibration, model)
+    check_goal(keep, budget, backend, sensitivity, ratio, calibrated=calibration is not None)
     chunks = calibration_chunks(calibration, model, images)
-    facts = _facts(model, example_inputs, chunks)
+    facts = trace_calibrated(model, example_inputs, chunks)
     goal = Goal.of(keep, budget, backend, sensitivity, ratio, chunks)
-    plan = plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), goal)
+    plan = plan_traced(facts, default, patterns, chosen, goal)
     return _apply(plan, facts if plan.lifted else facts.unlifted or facts, chunks, start, seed)
 
 
@@ -135,7 +134,7 @@ def apply(
     start = _chosen_initialiser(initialiser, calibration, model)
     chunks = calibration_chunks(calibration, model, images)
     inputs = _made_up(plan, model, seed) if example_inputs is None and not chunks else example_inputs
-    facts = _facts(model, inputs, chunks, lift=False)
+    facts = trace_calibrated(model, inputs, chunks, lift=False)
     known = {site.name: site for site in facts.sites}
     for decision in plan.replaced:
         site = known[decision.site.name]
@@ -210,28 +209,6 @@ def _check_promise(decision: Decision) -> None:
             f"The plan does not add up at site={site.name!r}: {reason}. "
             f"Make it anew, with overrides={{{site.name!r}: …}}."
         )
-
-
-def _facts(
-    model: nn.Module, example_inputs: ExampleInputs | None, chunks: list[Example], *, lift: bool = True
-) -> Trace:
-    """Trace a model on its example inputs, or else on the first calibration batch; the others must run too."""
-    if example_inputs is not None or not chunks:
-        facts = trace(model, example_inputs, lift=lift)
-    else:
-        facts = _facts_of_batch(model, chunks[0], lift=lift)
-    check_runs(chunks, facts.example, model)
-    return facts
-
-
-def _facts_of_batch(model: nn.Module, batch: Example, *, lift: bool) -> Trace:
-    """Trace a model on a few examples of a batch; on all of it if a few cannot be told apart, or do not run."""
-    with suppress(TraceError):
-        return trace(model, batch.part(0, _TRACED) if batch.separable else batch, lift=lift)
-    try:
-        return trace(model, batch, lift=lift)
-    except TraceError as error:
-        raise InputsError(f"calibration does not fit the model: {error}") from error
 
 
 def _apply(plan: Plan, facts: Trace, chunks: list[Example], start: Initialiser, seed: int) -> nn.Module:

@@ -12,15 +12,15 @@ the few images of which a trained network is not sure would decide alone.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ghostify.spec import Decision, Plan
-from ghostify.tracing import Example, unmarked
+from ghostify.tracing import Example, tensors_in, unmarked
 
 # Of Hinton et al. 2015, arXiv 1503.02531.
 _TEMPERATURE = 4.0
@@ -77,7 +77,13 @@ def channel_metrics(
                         name, dims = decision.site.name, len(decision.site.kernel_size)
                         rows = gradient.movedim(-dims - 1, 0).flatten(1).float()
                         sums[name] = torch.addmm(sums.get(name, rows.new_zeros(())), rows, rows.T)
-    except RuntimeError:  # some operation of the model has no gradient
+    except RuntimeError as error:  # some operation of the model has no gradient, or memory is short
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(
+            f"What errors cost at the output of {type(model).__name__} is not known ({reason.rstrip('.')}): they count "
+            "by what the norms make of them, and the start is somewhat weaker.",
+            stacklevel=2,
+        )
         return {}
     finally:
         for handle in handles:
@@ -103,7 +109,7 @@ def _drawn(outputs: Any, generator: torch.Generator) -> Tensor:
     Of logits that is ``diag(p) − p pᵀ`` with ``p`` their softened distribution; of other outputs
     the identity, as for squared errors.
     """
-    made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    made = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad]
     logits = len(made) == 1 and made[0].dim() == 2 and made[0].shape[1] > 1
     total = torch.zeros(())
     for output in made:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_structure
 
 from ghostify.errors import ConversionError, TraceError
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Plan
-from ghostify.tracing import Trace, copier_memo, difference, same_shapes, shapes_of
+from ghostify.tracing import Trace, copier_memo, difference, same_shapes, shapes_of, tensors_in
 
 
 def verify(student: nn.Module, plan: Plan, facts: Trace) -> None:
@@ -74,16 +75,19 @@ def _run_recorded(student: nn.Module, facts: Trace, names: list[str]) -> tuple[d
 
 
 def _compare_structure(outputs: Any, originals: Any) -> None:
-    leaves, structure = tree_flatten(outputs)
-    original_leaves, original_structure = tree_flatten(originals)
+    structure, original_structure = tree_structure(outputs), tree_structure(originals)
     if structure != original_structure:
         raise ConversionError(f"The converted model returns {structure}, the original {original_structure}.")
     if not same_shapes(outputs, originals):
         made, wanted = (shapes_of(run) for run in (outputs, originals))
         raise ConversionError(f"The converted model returns tensors of shapes {made}, the original {wanted}.")
-    for leaf, original in zip(leaves, original_leaves, strict=True):
-        if not isinstance(original, Tensor):
-            continue
+    if not shapes_of(originals):
+        warnings.warn(
+            f"What the model returns ({type(originals).__name__}) holds no tensor that can be found, so that the "
+            "converted model is not compared with it. Let it return tensors, or a dict, tuple or dataclass of them.",
+            stacklevel=2,
+        )
+    for leaf, original in zip(tensors_in(outputs), tensors_in(originals), strict=True):
         if leaf.dtype != original.dtype:
             raise ConversionError(f"The converted model returns {leaf.dtype}, the original {original.dtype}.")
         if not original.is_meta and torch.isfinite(original).all() and not torch.isfinite(leaf).all():

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ghostify.conversion.norms import looks_folded
 from ghostify.nn.ghost import GhostConv
 from ghostify.nn.selection import filters_of
 from ghostify.planning.statistics import ridge_solve
@@ -48,17 +50,21 @@ def solve_kernels(unit: GhostConv, conv: _ConvNd, norm: nn.Module | None, layout
     cross = cross * same_group[:, None].to(cross)
     kernels = ridge_solve(gram.double(), cross.double().unsqueeze(-1), _RIDGE).squeeze(-1)
     total = kernels.sum(1)
+    mean = getattr(norm, "running_mean", None) if unit.spec.placement == "linear" else None
     bias = None
     if conv.bias is not None:
-        bias = conv.bias[positions] - total * conv.bias[parents]
+        # What the maps are on average: the norm knows it if it is in use, and white noise adds nothing to the bias.
+        centre = conv.bias
+        if mean is not None and isinstance(norm, _BatchNorm) and not looks_folded(norm):
+            centre = mean.to(conv.bias)
+        bias = centre[positions] - total.to(centre) * centre[parents]
     if fusion == "add":
         kernels[:, len(taps) // 2] -= 1
     if fusion == "mul":
         bias = total
         kernels = kernels.new_zeros(len(total), unit.spec.dw_size**unit.dims)
     unit.cheap_operation.assign(kernels.view(-1, *(unit.spec.dw_size,) * unit.dims), bias)
-    mean = getattr(norm, "running_mean", None)
-    if unit.spec.placement == "linear" and mean is not None and conv.bias is None:
+    if mean is not None and (conv.bias is None or fusion == "mul"):
         # The parent's mean is known, so the ghost's is; the norm must take out that one.
         mean[positions] = (total.to(mean) * mean[parents]).clone()
 

@@ -49,7 +49,7 @@ def kept_share(explained: Tensor, layout: Tensor, spec: GhostSpec, groups: int =
     """
     parents = layout[position_parents(spec, len(layout), groups)].to(explained.device)
     total = float(explained.diagonal().sum())
-    return float(explained[parents, layout.to(explained.device)].sum()) / total if total > 0 else 1.0
+    return min(1.0, float(explained[parents, layout.to(explained.device)].sum()) / total) if total > 0 else 1.0
 
 
 def site_shares(
@@ -114,8 +114,8 @@ def _adder(
 
     def add(module: nn.Module, args: Any, output: Tensor) -> None:
         maps = output if output.dim() == len(window.kernel) + 2 else output.unsqueeze(0)
-        found = Moments.of(_pairs(maps, sample_pixels(maps, share, generator), window))
-        sums[site.name] = sums[site.name] + found if site.name in sums else found
+        pairs = _pairs(maps, sample_pixels(maps, share, generator), window)
+        sums[site.name] = Moments.of(pairs, onto=sums.get(site.name))
 
     return add
 

@@ -30,8 +30,8 @@ from ghostify.planning.planner import (  # fmt: skip
     timed_options,
 )
 from ghostify.spec import Decision, GhostSpec, Plan
-from ghostify.tracing import ExampleInputs, Trace, trace
-from ghostify.tracing.calibration import Calibration, calibration_chunks
+from ghostify.tracing import ExampleInputs, Trace, unwrapped
+from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, trace_calibrated
 
 
 class FrontierPoint(NamedTuple):
@@ -108,6 +108,7 @@ def frontier(
     key: str = "macs",
     points: int | Sequence[float | str] = 10,
     calibration: Calibration | None = None,
+    images: int = MOST_IMAGES,
     backend: Backend | str | None = None,
     sensitivity: str = "explained",
     example_inputs: ExampleInputs | None = None,
@@ -125,6 +126,7 @@ def frontier(
         points: Limits as [plan][ghostify.plan] takes them, such as fractions of the original; or how many, evenly
             spread from the smallest that can be reached.
         calibration: A few hundred inputs; without, the weights alone tell what each ratio damages.
+        images: Calibration inputs to use at most.
         backend: Measure every choice there, and replace no site where it does not pay; needed for ``latency``, where it
             is by default ``onnxruntime`` on one thread.
         sensitivity: ``explained`` or ``measured``.
@@ -150,13 +152,13 @@ def frontier(
     """
     if key not in KEYS:
         raise OptionError(f"key={key!r} is unknown. Use one of {', '.join(KEYS)}.")
-    chunks = calibration_chunks(calibration, model)
     _check_points(points)
     for limit in () if isinstance(points, int) else points:
         check_limit(key, limit)
-    default, patterns = chosen_spec(None, spec), skip_patterns(skip)
-    chosen = override_specs(overrides, default)
-    facts = trace(model, chunks[0] if example_inputs is None and chunks else example_inputs)
+    default, model = chosen_spec(None, spec), unwrapped(model)
+    patterns, chosen = skip_patterns(skip), override_specs(overrides, default)
+    chunks = calibration_chunks(calibration, model, images)
+    facts = trace_calibrated(model, example_inputs, chunks)
     check_patterns(facts, patterns, chosen)
     goal = Goal.of(None, {key: 0.5}, backend, sensitivity, None, chunks)
     options = measured_options(facts, default, patterns, chosen, goal)

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ghostify.errors import InputsError
 from ghostify.measurements import keep, place_of, recall
@@ -27,7 +26,7 @@ from ghostify.planning.choice import choose_layout
 from ghostify.planning.explained import RIDGE, explained_by, kept_share, norm_of, site_moments
 from ghostify.planning.statistics import Moments, ridge_solve
 from ghostify.spec import GhostSpec, Site
-from ghostify.tracing import Example, Trace, unmarked
+from ghostify.tracing import Example, Trace, tensors_in, unmarked
 
 # Examples on which the answers are compared.
 _IMAGES = 64
@@ -91,7 +90,7 @@ def _stand_in(
     columns = ghosts.to(cross.device)
     rows = parents.to(cross.device)
     kernels = ridge_solve(gram[rows], cross[rows, :, columns].unsqueeze(-1), RIDGE).squeeze(-1)
-    bias = (moments.sum_y[columns] - (moments.sum_a[rows] * kernels).sum(1)) / moments.rows
+    bias = moments.mean_y[columns] - (moments.mean_a[rows] * kernels).sum(1)
     weight = kernels.view(len(ghosts), 1, *(spec.dw_size,) * dims)
 
     def replaced(maps: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ def _answers(model: nn.Module, example: Example) -> list[Tensor]:
     with unmarked(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made: Any = model(*fresh.args, **fresh.kwargs)
-    return [leaf.float() for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [tensor.float() for tensor in tensors_in(made) if tensor.is_floating_point()]
 
 
 def _divergence(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -14,7 +14,7 @@ from ghostify.backends.runners import Backend
 from ghostify.errors import NothingToConvertError, OptionError, PatternError
 from ghostify.planning.budget import within_budget
 from ghostify.planning.cost import conv_macs, ghost_macs, ghost_params
-from ghostify.planning.goal import Goal
+from ghostify.planning.goal import Goal, check_goal
 from ghostify.planning.influence import influences
 from ghostify.planning.keeping import RATIOS, measured, with_ratios
 from ghostify.planning.latency import LatencyTable, latency_table
@@ -23,8 +23,8 @@ from ghostify.planning.limits import Budget
 from ghostify.planning.orders import with_orders
 from ghostify.planning.rules import HABITS, OBSTACLES, reasons_told, saves_nothing
 from ghostify.spec import Decision, GhostSpec, Plan, Site
-from ghostify.tracing import ExampleInputs, Trace, fingerprint, trace
-from ghostify.tracing.calibration import Calibration, calibration_chunks
+from ghostify.tracing import ExampleInputs, Trace, fingerprint, unwrapped
+from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks, trace_calibrated
 
 Override = float | GhostSpec | None
 
@@ -42,6 +42,7 @@ def plan(
     backend: Backend | str | None = None,
     sensitivity: str = "explained",
     calibration: Calibration | None = None,
+    images: int = MOST_IMAGES,
 ) -> Plan:
     """Decide for every convolution of a model whether and how a Ghost unit replaces it.
 
@@ -72,6 +73,7 @@ def plan(
             network is run for every site, on some of the calibration inputs.
         calibration: With ``keep`` or ``budget``: a few hundred inputs, as [apply][ghostify.apply] takes them. A
             budget without them goes by the weights alone.
+        images: Calibration inputs to use at most.
 
     Returns:
         The plan; print it.
@@ -80,7 +82,7 @@ def plan(
         OptionError: A ratio or another option is out of range, or ``keep`` has no calibration inputs.
         MissingExtraError: The backend is not installed.
         ExportError: The model cannot be exported for it.
-        InputsError: There are no example inputs.
+        InputsError: There are no example inputs, or the calibration data are empty or do not fit.
         TraceError: The model does not run on them.
         PatternError: A pattern matches no convolution.
         NothingToConvertError: No convolution is left to replace, the reasons are in the message; or the budget asks
@@ -94,15 +96,16 @@ def plan(
         >>> len(made.replaced), made.params, made.params_after
         (18, 269722, 139114)
     """
-    default = chosen_spec(ratio, spec)
+    default, model = chosen_spec(ratio, spec), unwrapped(model)
+    patterns, chosen = skip_patterns(skip), override_specs(overrides, default)
+    check_goal(keep, budget, backend, sensitivity, ratio, calibrated=calibration is not None)
     if calibration is not None and keep is None and budget is None:
         raise OptionError(
             "calibration is given without keep=… or budget=…: a plan with a fixed ratio measures nothing on it."
         )
-    chunks = calibration_chunks(calibration, model)
+    chunks = calibration_chunks(calibration, model, images)
     goal = Goal.of(keep, budget, backend, sensitivity, ratio, chunks)
-    facts = trace(model, example_inputs if example_inputs is not None or not chunks else chunks[0])
-    return plan_traced(facts, default, skip_patterns(skip), override_specs(overrides, default), goal)
+    return plan_traced(trace_calibrated(model, example_inputs, chunks), default, patterns, chosen, goal)
 
 
 def chosen_spec(ratio: float | None, spec: GhostSpec | None) -> GhostSpec:

@@ -20,6 +20,8 @@ _LARGEST_PART = 64_000_000
 _WIDE = 512
 # Of float32 sums, as a share of their terms.
 _ROUNDING = 1e-6
+# Deviations between zero and a mean from which on it is taken off first: a hundredth of the digits are lost by then.
+_FAR = 10
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,17 @@ def sample_pixels(maps: Tensor, share: float, generator: torch.Generator) -> Ten
 class Moments:
     """Sums over samples of features ``A`` ``(rows, p)`` and targets ``Y`` ``(rows, t)``, in float64.
 
+    What lies far from zero for its spread is counted from near its mean: else its variance would be lost in the
+    rounding of the products.
+
     Attributes:
         rows: Samples seen.
         gram: ``Aᵀ A``, ``(p, p)``.
         cross: ``Aᵀ Y``, ``(p, t)``.
         sum_a: Sum of features ``(p,)``.
         sum_y: Sum of targets ``(t,)``.
+        origin_a: What was taken off the features before ``(p,)``, 0 for most.
+        origin_y: The same of the targets ``(t,)``.
     """
 
     rows: int
@@ -128,33 +135,63 @@ class Moments:
     cross: Tensor
     sum_a: Tensor
     sum_y: Tensor
+    origin_a: Tensor
+    origin_y: Tensor
 
     @staticmethod
-    def of(pairs: Iterable[tuple[Tensor, Tensor]]) -> Moments:
-        """Accumulate pairs of ``(rows, p)`` and ``(rows, t)``, or of batches of them ``(k, rows, ·)``."""
-        total: Moments | None = None
+    def of(pairs: Iterable[tuple[Tensor, Tensor]], onto: Moments | None = None) -> Moments:
+        """Accumulate pairs of ``(rows, p)`` and ``(rows, t)``, or of batches of them ``(k, rows, ·)``.
+
+        Args:
+            pairs: Part after part.
+            onto: Sums to add them to; changed in place.
+        """
+        total = onto
         for features, wanted in pairs:
             a, y = features.float(), wanted.float()
-            transposed, ones = a.transpose(-2, -1), a.new_ones(1, a.shape[-2])
-            part = Moments(
-                a.shape[-2],
-                _gram(a).double(),
-                (transposed @ y).double(),
-                (ones @ a).squeeze(-2).double(),  # several times faster than a sum over this dimension
-                (ones @ y).squeeze(-2).double(),
-            )
-            total = part if total is None else total + part
+            if total is None:
+                origins = _origin(a), _origin(y)
+                total = Moments._of_part(a, y, *origins)
+            else:
+                part = Moments._of_part(a, y, total.origin_a, total.origin_y)
+                total = total._with(part)
         assert total is not None  # callers hold at least one chunk
         return total
 
-    def __add__(self, other: Moments) -> Moments:
+    @staticmethod
+    def _of_part(a: Tensor, y: Tensor, origin_a: Tensor, origin_y: Tensor) -> Moments:
+        a, y = _counted_from(a, origin_a), _counted_from(y, origin_y)
+        transposed, ones = a.transpose(-2, -1), a.new_ones(1, a.shape[-2])
         return Moments(
-            self.rows + other.rows,
-            self.gram.add_(other.gram),
-            self.cross.add_(other.cross),
-            self.sum_a + other.sum_a,
-            self.sum_y + other.sum_y,
+            a.shape[-2],
+            _gram(a).double(),
+            (transposed @ y).double(),
+            (ones @ a).squeeze(-2).double(),  # several times faster than a sum over this dimension
+            (ones @ y).squeeze(-2).double(),
+            origin_a,
+            origin_y,
         )
+
+    def _with(self, part: Moments) -> Moments:
+        return Moments(
+            self.rows + part.rows,
+            self.gram.add_(part.gram),
+            self.cross.add_(part.cross),
+            self.sum_a + part.sum_a,
+            self.sum_y + part.sum_y,
+            self.origin_a,
+            self.origin_y,
+        )
+
+    @property
+    def mean_a(self) -> Tensor:
+        """Of the features, ``(p,)``."""
+        return self.sum_a / self.rows + self.origin_a
+
+    @property
+    def mean_y(self) -> Tensor:
+        """Of the targets, ``(t,)``."""
+        return self.sum_y / self.rows + self.origin_y
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Covariances: ``gram`` and ``cross`` per sample, with the means taken out."""
@@ -168,7 +205,29 @@ class Moments:
 
     def plain(self) -> tuple[Tensor, Tensor]:
         """``gram`` and ``cross`` per sample, with the means left in."""
-        return self.gram / self.rows, self.cross / self.rows
+        gram, cross = self.gram / self.rows, self.cross / self.rows
+        if bool(self.origin_a.any()) or bool(self.origin_y.any()):
+            near_a, near_y = self.sum_a / self.rows, self.sum_y / self.rows
+            gram += _outer(self.mean_a, self.mean_a) - _outer(near_a, near_a)
+            cross += _outer(self.mean_a, self.mean_y) - _outer(near_a, near_y)
+        return gram, cross
+
+
+def _origin(values: Tensor) -> Tensor:
+    """The mean of what lies far from zero for its spread, 0 for all else: of ``(…, rows, p)``, ``(…, p)`` float64."""
+    ones = values.new_ones(1, values.shape[-2])
+    mean = (ones @ values).squeeze(-2) / values.shape[-2]
+    square = torch.linalg.vector_norm(values, dim=-2).square() / values.shape[-2]
+    far = mean.square() > _FAR**2 * (square - mean.square()).clamp_min(0)
+    return torch.where(far & (mean != 0), mean, 0).double()
+
+
+def _counted_from(values: Tensor, origin: Tensor) -> Tensor:
+    return values - origin.to(values).unsqueeze(-2) if bool(origin.any()) else values
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a.unsqueeze(-1) * b.unsqueeze(-2)
 
 
 def _gram(a: Tensor) -> Tensor:

@@ -14,32 +14,30 @@ from ghostify.nn.selection import filters_of
 from ghostify.spec import Site
 from ghostify.tracing import Trace
 
-
-def white_explained(conv: _ConvNd, weight: Tensor) -> Tensor:
-    """How much of each channel a multiple of each other channel explains: squared cosine times ``weight``, ``(n, n)``.
-
-    Channels of different groups see different inputs and explain nothing of each other.
-    """
-    filters = F.normalize(filters_of(conv).float().flatten(1))
-    n, per_group = len(filters), conv.out_channels // conv.groups
-    if conv.groups == 1:
-        cosine = filters @ filters.T
-    else:
-        cosine = torch.zeros(n, n, device=filters.device)
-        for start in range(0, n, per_group):
-            block = slice(start, start + per_group)
-            cosine[block, block] = filters[block] @ filters[block].T
-    explained = cosine.square_().cpu()
-    explained.fill_diagonal_(1.0)
-    return explained.mul_(weight.to(explained))
+# A filter below this share of the mean length would need huge kernels to stand for another one.
+_FAINT = 1e-3
 
 
 def white_shares(facts: Trace, site: Site) -> Tensor:
-    """The same of a site, each channel with its variance behind the norm: ``(n, n)``."""
+    """How much of each channel of a site a multiple of each other channel explains, ``(n, n)``.
+
+    That is the squared cosine of their filters times the channel's variance behind the norm. Channels of different
+    groups see different inputs and explain nothing of each other.
+    """
     conv = facts.model.get_submodule(site.name)
     assert isinstance(conv, _ConvNd)  # what a site is
     norm = None if site.chain is None or site.chain.norm is None else facts.model.get_submodule(site.chain.norm)
-    return white_explained(conv, _variance(conv, norm))
+    filters = filters_of(conv).float().flatten(1)
+    lengths, directions = filters.norm(dim=1), F.normalize(filters)
+    n, per_group = len(filters), conv.out_channels // conv.groups
+    cosine = torch.zeros(n, n, device=filters.device)
+    for start in range(0, n, per_group):
+        block = slice(start, start + per_group)
+        cosine[block, block] = directions[block] @ directions[block].T
+    explained = cosine.square_()
+    explained[lengths < _FAINT * lengths.mean()] = 0
+    explained.fill_diagonal_(1.0)
+    return explained.mul_(_variance(conv, norm).to(explained)).cpu()
 
 
 def _variance(conv: _ConvNd, norm: nn.Module | None) -> Tensor:

@@ -10,6 +10,7 @@ from ghostify.tracing.example import (
     on_meta,
     same_shapes,
     shapes_of,
+    tensors_in,
     unmarked,
     unwrapped,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "same_shapes",
     "shapes_of",
     "state_bytes",
+    "tensors_in",
     "trace",
     "unmarked",
     "unwrapped",

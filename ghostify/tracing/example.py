@@ -8,7 +8,7 @@ import math
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class Example:
     @property
     def separable(self) -> bool:
         """Whether every tensor has one row for each example, so that `part` can take the batch apart."""
-        return all(tensor.dim() and len(tensor) == self.batch for tensor in self.tensors())
+        return self._images() is None and all(tensor.dim() and len(tensor) == self.batch for tensor in self.tensors())
 
     def part(self, start: int, stop: int) -> Example:
         """Some examples of a batch whose tensors all have one row for each example."""
@@ -189,9 +189,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """All tensors in what a model returned, in order; also those in dataclasses.
+
+    Example:
+        >>> @dataclass
+        ... class Output:
+        ...     logits: Tensor
+        >>> [tensor.shape for tensor in tensors_in({"first": Output(torch.zeros(1, 10))})]
+        [torch.Size([1, 10])]
+    """
+    found: list[Tensor] = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, member.name) for member in fields(leaf)])
+    return found
+
+
 def shapes_of(outputs: Any) -> list[tuple[int, ...]]:
     """Shapes of all tensors in what a model returned, in order."""
-    return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [tuple(tensor.shape) for tensor in tensors_in(outputs)]
 
 
 def same_shapes(outputs: Any, originals: Any) -> bool:
@@ -218,7 +237,7 @@ def difference(outputs: Any, originals: Any) -> float:
 
     Infinite where there are more tensors in one than in the other. Tensors on meta have no values that could differ.
     """
-    pairs = [[leaf for leaf in tree_leaves(run) if isinstance(leaf, Tensor)] for run in (outputs, originals)]
+    pairs = [tensors_in(run) for run in (outputs, originals)]
     if len(pairs[0]) != len(pairs[1]) or any(a.shape != b.shape for a, b in zip(*pairs)):
         return math.inf
     return max(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_leaves
 
 from ghostify.spec import Chain
 from ghostify.tracing.example import unmarked
@@ -36,6 +38,8 @@ _OTHER_ACTIVATIONS = {
 }  # fmt: skip
 # What a run has noted in a node's meta: whether it changes what it reads.
 CHANGES_INPUT = "changes_input"
+# What tracing has: whether a public method of the model, such as timm's forward_features, gives it to whoever calls it.
+HANDED_OUT = "handed_out"
 _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
@@ -74,7 +78,40 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
     with unmarked(model), torch.random.fork_rng(devices=[]):
         for module in model.modules():
             module.training = training
-        return _Tracer().trace(model, concrete_args=defaults or None)
+        with _noted_results(model):
+            return _Tracer().trace(model, concrete_args=defaults or None)
+
+
+@contextmanager
+def _noted_results(model: nn.Module) -> Iterator[None]:
+    """While it is open, what the model's public methods give its forward is noted in the nodes' meta."""
+    kind = type(model)
+    names = [
+        name
+        for name in dir(kind)
+        if not name.startswith("_")
+        and not hasattr(nn.Module, name)
+        and inspect.isfunction(inspect.getattr_static(kind, name))
+        and name not in vars(model)
+    ]
+
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, fx.Proxy):
+                    leaf.node.meta[HANDED_OUT] = True
+            return result
+
+        return called
+
+    for name in names:
+        vars(model)[name] = noting(getattr(model, name))
+    try:
+        yield
+    finally:
+        for name in names:
+            del vars(model)[name]
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ghostify.tracing.alike import ALIKE, is_alike, is_alike_call, is_known
-from ghostify.tracing.graph import is_batch_norm
+from ghostify.tracing.graph import HANDED_OUT, is_batch_norm
 from ghostify.tracing.sites import has_hooks, parameter_owners
 
 _TOGETHER = {"add", "sub", "mul", "truediv", "div", "iadd", "isub", "imul", "maximum", "minimum"}
@@ -93,6 +93,8 @@ class _Search:
             maps = self._module(node, values) if node.op == "call_module" else self._call(node, values)
             if maps is not None:
                 values[node] = maps
+                if HANDED_OUT in node.meta:
+                    self._fix([maps])
 
         def rows(known: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
             return {name: tuple(map(self._root, streams)) for name, streams in known.items()}

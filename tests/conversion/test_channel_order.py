@@ -235,3 +235,47 @@ def test_a_plan_cannot_ask_for_what_the_graph_does_not_show():
     wrong = (*plan.decisions[:-1], dataclasses.replace(plan.decisions[-1], order="folded"))
     with pytest.raises(PlanMismatchError, match="site='out'"):
         ghostify.apply(dataclasses.replace(plan, decisions=wrong), model, example_inputs=x)
+
+
+def test_outputs_in_a_dataclass_are_compared_too(monkeypatch):
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = randomised(Bottlenecks())
+
+        def forward(self, x):
+            return Output(self.net(x))
+
+    model, images = Wrapped().eval(), torch.randn(2, 3, 16, 16)
+    ghostify.convert(model, example_inputs=images)
+    monkeypatch.setattr(channel_order, "_permute_inputs", lambda *args: None)
+    with pytest.raises(ConversionError, match="Folding the channel order"):
+        ghostify.convert(model, example_inputs=images)
+
+
+def test_what_a_public_method_hands_out_keeps_its_order():
+    class Backbone(nn.Module):
+        """As timm's: users call forward_features themselves."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.inner, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3)
+            self.head = nn.Linear(16, 5)
+
+        def forward_features(self, x):
+            return torch.relu(self.last(torch.relu(self.inner(torch.relu(self.stem(x))))))
+
+        def forward(self, x):
+            return self.head(self.forward_features(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, images = Backbone(), torch.randn(32, 3, 16, 16)
+    plan = ghostify.plan(model, example_inputs=images[:1])
+    assert [decision.order for decision in plan.replaced] == ["folded", "index"]
+    assert not {"forward_features", "forward"} & vars(model).keys()  # as it was
+    folded, kept = (ghostify.apply(some, model, calibration=images) for some in (plan, indexed(plan)))
+    assert torch.allclose(folded.forward_features(images), kept.forward_features(images), atol=1e-5)

@@ -1,5 +1,6 @@
 """What an error in a site's channels costs at the output."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -94,3 +95,13 @@ def test_the_default_start_uses_it(monkeypatch):
     weighed = missed()
     monkeypatch.setattr(initialisers, "channel_metrics", lambda *_: {})
     assert weighed < missed()
+
+
+def test_a_model_without_a_gradient_is_told_of():
+    class Hard(Means):
+        def forward(self, x):
+            made = torch.sigmoid(self.site(torch.relu(self.stem(x))))
+            return self.head(made.mul_(2).mean((2, 3)))  # the sigmoid's gradient needs what is overwritten
+
+    with pytest.warns(UserWarning, match="What errors cost at the output of Hard is not known"):
+        ghostify.convert(Hard(True), calibration=IMAGES[:32])

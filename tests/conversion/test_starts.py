@@ -51,6 +51,39 @@ def test_better_starts_are_better():
     assert errors["sequential"] < errors["least-squares"] < errors["first"]
 
 
+@pytest.mark.parametrize("name", ["least-squares", "sequential"])
+def test_the_error_that_is_told_is_the_one_in_the_converted_model(name):
+    model = net()
+    small = ghostify.convert(model, example_inputs=X, calibration=IMAGES, initialiser=name, overrides={"layer1.*": 4})
+    site = [decision for decision in small.ghostify_plan.replaced if decision.site.name.endswith("conv1")][-1]
+    maps = []
+    for one in (model, small):
+        layer = one.get_submodule(site.site.name)
+        with torch.no_grad():
+            handle = layer.register_forward_hook(lambda module, args, made: maps.append(made))
+            one.eval()(IMAGES[:32])
+            handle.remove()
+    targets, made = maps
+    made = made[:, small.get_submodule(site.site.name).output_channels.argsort()]
+    norm = model.get_submodule(site.site.chain.norm)
+    weight = (norm.weight / (norm.running_var + norm.eps).sqrt()).square().detach()
+    missed, whole = ((weight * some.var((0, 2, 3))).sum() for some in (targets - made, targets))
+    assert site.error == pytest.approx(float(missed / whole), rel=0.05)
+
+
+def test_a_site_that_is_called_again_is_told_of():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.site, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.head(self.site(torch.relu(self.site(torch.relu(self.stem(x))))).mean((2, 3)))
+
+    with pytest.warns(UserWarning, match="site='site' is called 2 times in a run: its unit is fitted to the first"):
+        ghostify.convert(Twice(), calibration=IMAGES)
+
+
 def test_a_refinement_that_may_cost_less_is_shorter_and_still_helps(monkeypatch):
     model, passes = net(), []
     step = refinement._step

@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 import ghostify
-from ghostify.errors import InputsError, NothingToConvertError, OptionError
+from ghostify.errors import InputsError, NothingToConvertError, OptionError, TraceError
 from ghostify.nn.cifar import resnet20
 from ghostify.planning import explained
 from ghostify.planning.choice import choose_layout
 from ghostify.planning.keeping import RATIOS
+from ghostify.planning.statistics import Moments
 from ghostify.tracing import Example, trace
+from ghostify.tracing.calibration import calibration_chunks
 
 IMAGES = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -155,3 +157,59 @@ def test_weights_that_are_no_numbers_are_told(options):
     model[1].weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(InputsError, match=r"What 1 of Sequential makes is not finite: its weights .*hold NaN"):
         ghostify.plan(model, example_inputs=torch.zeros(1, 3, 8, 8), **options)
+
+
+def test_shares_do_not_drown_in_a_mean_far_from_zero():
+    torch.manual_seed(0)
+    values = torch.randn(4000, 6, dtype=torch.float64)
+    values[:, 3:] = values[:, :3] @ torch.randn(3, 3, dtype=torch.float64) + 0.1 * values[:, 3:]
+    far = values + torch.tensor([3000.0, 0.0, -50.0, 0.0, 3000.0, 7.0], dtype=torch.float64)
+    for wanted, given in (((far, far[:, :2])), ((values, values[:, :2]))):
+        parts = [(a.float(), y.float()) for a, y in zip(wanted.split(1000), given.split(1000), strict=True)]
+        moments = Moments.of(parts[2:], onto=Moments.of(parts[:2]))
+        a, y = torch.cat([a for a, _ in parts]).double(), torch.cat([y for _, y in parts]).double()
+        assert torch.allclose(moments.centred()[0], torch.cov(a.T, correction=0), rtol=1e-3, atol=1e-3)
+        assert torch.allclose(moments.centred()[1], (a - a.mean(0)).T @ (y - y.mean(0)) / len(a), rtol=1e-3, atol=1e-3)
+        for found, exact in zip(moments.plain(), (a.T @ a / len(a), a.T @ y / len(a)), strict=True):
+            assert torch.allclose(found, exact, rtol=1e-6, atol=1e-3)
+        assert torch.allclose(moments.mean_a, a.mean(0))
+        assert torch.allclose(moments.mean_y, y.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.randn(8, 1, 16, 16), "calibration does not fit the model"),
+        (torch.zeros(8, 3, 16, 16, dtype=torch.uint8), "calibration does not fit the model"),
+        ([IMAGES, torch.randn(8, 4, 16, 16)], "calibration does not fit the model"),
+        ([{"y": IMAGES}], "calibration does not fit the model"),
+    ],
+)
+@pytest.mark.parametrize("example_inputs", [IMAGES[:1], None])
+def test_calibration_that_does_not_fit_is_told_of(calibration, message, example_inputs):
+    with pytest.raises((InputsError, TraceError), match=f"{message}|does not run on example_inputs|gives the argument"):
+        ghostify.plan(made(), keep=0.5, example_inputs=example_inputs, calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"keep": 1.5}, {"keep": 0.9, "ratio": 2}, {"keep": 0.9, "skip": 3}, {"keep": 0.9, "overrides": {"*": 0}}],
+)
+@pytest.mark.parametrize("verb", [ghostify.plan, ghostify.convert])
+def test_options_are_looked_at_before_the_images(options, verb):
+    def images():
+        pytest.fail("the images were read")
+        yield IMAGES
+
+    with pytest.raises(OptionError):
+        verb(made(), calibration=images(), **options)
+
+
+def test_no_more_images_are_used_than_asked_for():
+    model, many = made(), torch.randn(300, 3, 16, 16)
+    assert [chunk.batch for chunk in calibration_chunks([many], model, 70)] == [64, 6]
+    assert [chunk.batch for chunk in calibration_chunks([many], model, 70, whole=True)] == [300]
+    assert [chunk.batch for chunk in calibration_chunks(many.split(32), model, 70)] == [32, 32, 32]
+    pictures = list(torch.randn(3, 3, 2000, 1000))  # as detectors take them: not to be cut through their channels
+    (chunk,) = calibration_chunks([{"images": pictures}], model)
+    assert [picture.shape for picture in chunk.kwargs["images"]] == [picture.shape for picture in pictures]
