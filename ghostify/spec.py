@@ -196,7 +196,9 @@ class Decision:
         macs_after: The same of what replaces it.
         order: Of its channels: ``folded`` into what reads them, ``shared`` by units and folded, or an ``index``.
         explained: Share of the layer's variance behind its norm that chosen channels and cheap kernels can make.
-        error: Share of it that the started Ghost unit misses in the converted model.
+        error: Share of it that the started Ghost unit misses in the converted model, before an activation that may
+            hide some of it. At layers that close a residual block both are shares of what the unit should make there,
+            which makes up for the shortcut as well.
         damage: How far the network's answers are expected to part from the original's through it, if that was measured.
         saved_ms: Milliseconds that it saves on the backend for which the plan was made, measured alone.
     """

@@ -106,7 +106,8 @@ def apply(
         plan: Made for this very model, or one of the same structure.
         model: The trained network; it is left as it was.
         calibration: A few hundred inputs from the training data, no labels needed: a tensor
-            ``(n, c, h, w)``, or any iterable of batches or of ``(input, target)`` pairs.
+            ``(n, c, h, w)``, or any iterable of batches or of ``(input, target)`` pairs. ``random``, ``first`` and
+            ``weights`` do not look at them, and the plan tells no errors then.
         images: Use at most about so many of them; the rest of the iterable is not read.
         initialiser: A name out of ``random``, ``first``, ``weights``, ``least-squares``,
             ``sequential``, ``alternating``, or a function of a
