@@ -225,11 +225,12 @@ def macs_per_image(work: Work) -> int:
 def peak_macs(work: Work, side: int, tries: int = 10) -> float:
     """Multiply-accumulates a second of a product of matrices: the fastest of several."""
     device = work.batches.images.device
-    matrix = torch.randn(side, side, device=device)
+    half = settled_precision(work.precision, device) == "bf16"
+    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
     seconds = []
     for _ in range(tries + 1):  # the first one is to warm up
         began = time.perf_counter()
-        with torch.no_grad(), work.autocast():
+        with torch.no_grad():
             float((matrix @ matrix)[0, 0])  # waits for the device
         seconds.append(time.perf_counter() - began)
     return side**3 / min(seconds[1:])

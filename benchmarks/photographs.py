@@ -56,6 +56,7 @@ def run(case: Row, shared: str | Path, weights: Path, out: Path) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of poor fits, which the table shows
         student = ghostify.apply(plan, teacher, calibration=calibration, seed=case["seed"])
+    seconds = time.perf_counter() - began
     row = {
         **case,
         "units": len(plan.replaced),
@@ -63,7 +64,7 @@ def run(case: Row, shared: str | Path, weights: Path, out: Path) -> Row:
         "params": plan.params_after,
         "teacher": accuracy(teacher, test),
         "start": accuracy(student.eval(), test),
-        "start_seconds": time.perf_counter() - began,
+        "start_seconds": seconds,
     }
     return (
         row

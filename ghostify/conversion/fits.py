@@ -31,7 +31,7 @@ def with_fits(plan: Plan, fits: Mapping[str, Fit]) -> Plan:
         replace(d, explained=fits[d.site.name].explained, error=fits[d.site.name].error) if d.site.name in fits else d
         for d in plan
     )
-    poor = [f"{name} ({fits[name].error:.0%})" for name in fits if fits[name].error > _POOR]
+    poor = [f"{name} ({fits[name].error:.0%})" for name in fits if not fits[name].error <= _POOR]
     if poor:
         warnings.warn(
             f"{len(poor)} of {len(fits)} Ghost units start with more than {_POOR:.0%} of their layer's variance "

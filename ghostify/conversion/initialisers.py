@@ -198,7 +198,7 @@ def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
     """Every site in order, ready to be fitted; with a progress bar on a terminal."""
     facts, decisions = conversion.facts, conversion.decisions
     for name, decision in decisions.items():
-        if (count := len(decision.site.calls)) > 1:
+        if (count := len(decision.site.calls)) > 1 and student is conversion.student:
             warnings.warn(
                 f"site={name!r} is called {count} times in a run: its unit is fitted to the first call alone, whose "
                 "error the plan tells.",

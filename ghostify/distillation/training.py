@@ -128,13 +128,14 @@ def distill(
             progress_bar(config.progress if processes.is_main else False, epochs, epochs * steps_per_epoch)
         )
         begin_epoch(data, 1, seed=config.seed, device=device)
-        firsts = []
         with reader.autocast():
             for name, batches in (("data", data), ("val", val)):
                 if batches is not None:
-                    firsts.append(first_batch(batches, reader, name))
-                    processes.check_data(firsts[-1], name)
-                    classes = check_batch(student, teacher, firsts[-1], name=name, hard_weight=config.hard_weight)
+                    batch = first_batch(batches, reader, name)
+                    processes.check_data(batch, name)
+                    if name == "data":
+                        first = batch
+                    classes = check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
                     check_classes(classes, config)
                     if taps is not None:
                         with torch.no_grad():
@@ -153,7 +154,7 @@ def distill(
             val,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
-            first=firsts[0],
+            first=first,
             folder=folder,
             states=states,
             show=show,

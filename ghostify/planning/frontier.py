@@ -130,7 +130,7 @@ def frontier(
         backend: Measure every choice there, and replace no site where it does not pay; needed for ``latency``, where it
             is by default ``onnxruntime`` on one thread.
         sensitivity: ``explained`` or ``measured``.
-        example_inputs: One batch; by default a calibration batch.
+        example_inputs: One batch; by default two of the calibration inputs.
         spec: Options of the Ghost units except the ratio.
         skip: Names of sites to keep, or patterns.
         overrides: By name or pattern, for single sites: a ratio, a spec or ``None``.

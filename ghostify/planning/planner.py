@@ -52,7 +52,7 @@ def plan(
         model: The trained network, any module that runs.
         ratio: Output channels divided by intrinsic channels, any number ≥ 1; by default 2.
         example_inputs: One batch: a tensor ``(n, c, h, w)``, a tuple of positional arguments, or a
-            dict of keyword arguments.
+            dict of keyword arguments. By default two of the calibration inputs.
         spec: All options of the Ghost unit; in place of ``ratio``.
         skip: Names of sites to keep, or patterns such as ``layer1.*``.
         overrides: By name or pattern, for single sites: a ratio, a [GhostSpec][ghostify.GhostSpec], or

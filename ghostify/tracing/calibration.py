@@ -54,8 +54,8 @@ def calibration_chunks(
     total = 0
     for batch in (calibration[:images],) if isinstance(calibration, Tensor) else calibration:
         example = _example(batch)
-        stays = whole and not isinstance(calibration, Tensor)
-        for chunk in [example] if stays else _parts(example, model, images - total):
+        stays = not isinstance(calibration, Tensor) and (whole or _is_one(example, model))
+        for chunk in [example] if stays else _parts(example, images - total):
             chunks.append(chunk.to(model))
             total += chunk.batch
         if total >= images:
@@ -69,11 +69,16 @@ def calibration_chunks(
     return chunks
 
 
-def _parts(batch: Example, model: nn.Module, most: int) -> Iterator[Example]:
+def _is_one(batch: Example, model: nn.Module) -> bool:
+    """Whether it is one example without a batch, as far as the model's first convolution tells."""
+    dims = next((len(module.kernel_size) for module in model.modules() if isinstance(module, _ConvNd)), 2)
+    return batch.is_single(dims)
+
+
+def _parts(batch: Example, most: int) -> Iterator[Example]:
     """No more examples of a batch than are wanted, few at a time; all of it where it is small or cannot be parted."""
     size = max(1, min(_CHUNK, _CHUNK_NUMBERS * batch.batch // max(1, sum(some.numel() for some in batch.tensors()))))
-    dims = next((len(module.kernel_size) for module in model.modules() if isinstance(module, _ConvNd)), 2)
-    if batch.batch <= size or not batch.separable or batch.is_single(dims):
+    if batch.batch <= size or not batch.separable:
         yield batch
         return
     stop = min(batch.batch, most)

@@ -189,6 +189,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def leaves_in(value: Any) -> list[Any]:
+    """All that is in containers of any depth, in order; also in dataclasses."""
+    found: list[Any] = []
+    seen: set[int] = set()  # one may hold itself
+    stack = tree_leaves(value)[::-1]
+    while stack:
+        leaf = stack.pop()
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            if id(leaf) not in seen:
+                seen.add(id(leaf))
+                members = [getattr(leaf, member.name, None) for member in fields(leaf)]
+                stack += tree_leaves(members)[::-1]
+        else:
+            found.append(leaf)
+    return found
+
+
 def tensors_in(outputs: Any) -> list[Tensor]:
     """All tensors in what a model returned, in order; also those in dataclasses.
 
@@ -199,13 +216,7 @@ def tensors_in(outputs: Any) -> list[Tensor]:
         >>> [tensor.shape for tensor in tensors_in({"first": Output(torch.zeros(1, 10))})]
         [torch.Size([1, 10])]
     """
-    found: list[Tensor] = []
-    for leaf in tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_in([getattr(leaf, member.name) for member in fields(leaf)])
-    return found
+    return [leaf for leaf in leaves_in(outputs) if isinstance(leaf, Tensor)]
 
 
 def shapes_of(outputs: Any) -> list[tuple[int, ...]]:

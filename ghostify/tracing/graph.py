@@ -16,10 +16,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._pytree import tree_leaves
 
 from ghostify.spec import Chain
-from ghostify.tracing.example import unmarked
+from ghostify.tracing.example import leaves_in, unmarked
 from ghostify.tracing.sites import has_hooks
 
 # Activations that act on every number alone and have no parameters: they may be copied.
@@ -98,7 +97,7 @@ def _noted_results(model: nn.Module) -> Iterator[None]:
     def noting(method: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             result = method(*args, **kwargs)
-            for leaf in tree_leaves(result):
+            for leaf in leaves_in(result):
                 if isinstance(leaf, fx.Proxy):
                     leaf.node.meta[HANDED_OUT] = True
             return result

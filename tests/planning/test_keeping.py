@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ghostify
-from ghostify.errors import InputsError, NothingToConvertError, OptionError, TraceError
+from ghostify.errors import InputsError, NothingToConvertError, OptionError
 from ghostify.nn.cifar import resnet20
 from ghostify.planning import explained
 from ghostify.planning.choice import choose_layout
@@ -177,17 +177,17 @@ def test_shares_do_not_drown_in_a_mean_far_from_zero():
 
 
 @pytest.mark.parametrize(
-    ("calibration", "message"),
+    "calibration",
     [
-        (torch.randn(8, 1, 16, 16), "calibration does not fit the model"),
-        (torch.zeros(8, 3, 16, 16, dtype=torch.uint8), "calibration does not fit the model"),
-        ([IMAGES, torch.randn(8, 4, 16, 16)], "calibration does not fit the model"),
-        ([{"y": IMAGES}], "calibration does not fit the model"),
+        torch.randn(8, 1, 16, 16),
+        torch.zeros(8, 3, 16, 16, dtype=torch.uint8),
+        [IMAGES, torch.randn(8, 4, 16, 16)],
+        [{"y": IMAGES}],
     ],
 )
 @pytest.mark.parametrize("example_inputs", [IMAGES[:1], None])
-def test_calibration_that_does_not_fit_is_told_of(calibration, message, example_inputs):
-    with pytest.raises((InputsError, TraceError), match=f"{message}|does not run on example_inputs|gives the argument"):
+def test_calibration_that_does_not_fit_is_told_of(calibration, example_inputs):
+    with pytest.raises(InputsError, match="calibration does not fit the model"):
         ghostify.plan(made(), keep=0.5, example_inputs=example_inputs, calibration=calibration)
 
 
