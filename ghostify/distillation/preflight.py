@@ -19,6 +19,8 @@ from ghostify.tracing.example import evaluating, require_module
 
 # Labels from which on a teacher that does no better than a guess is no accident.
 _ENOUGH_LABELS = 200
+# Fewer answers choose the best epoch by chance.
+_FEW_ANSWERS = 100
 # A loss that rounding alone may leave.
 _NOTHING = 1e-8
 
@@ -138,7 +140,8 @@ def check_classes(classes: int, config: DistillConfig) -> None:
 def check_start(start: Scores | None, classes: int) -> None:
     """See that the teacher knows better than a guess what the labels of the validation data say.
 
-    A student that answers as the teacher does already is told of: it may be a copy that was never converted.
+    A student that answers as the teacher does already is told of, as it may be a copy that was never converted; and
+    so are labels that are too few to choose an epoch by.
 
     Args:
         start: The scores before the first step.
@@ -149,6 +152,13 @@ def check_start(start: Scores | None, classes: int) -> None:
     """
     if start is not None and start.agreement == 1 and abs(start.loss) < _NOTHING:
         log.warning("student answers val exactly as teacher does: is it a converted model? There is nothing to learn")
+    if start is not None and start.labelled and start.labelled < _FEW_ANSWERS:
+        log.warning(
+            "val has labels for %d answers: accuracies on so few are off by %.0f points (one standard deviation, at "
+            "most), and choose the best epoch by chance. Hold out more, or pass val=None to keep the last one",
+            start.labelled,
+            50 / math.sqrt(start.labelled),
+        )
     if start is None or start.teacher_accuracy is None or start.labelled < _ENOUGH_LABELS:
         return
     guess = 1 / classes

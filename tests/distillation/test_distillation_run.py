@@ -317,3 +317,9 @@ def test_the_progress_bar_shows_what_it_says(capsys: pytest.CaptureFixture[str])
     assert "epoch 2/2" in shown
     assert "images/s" in shown
     assert "teacher" in shown
+
+
+@pytest.mark.parametrize(("answers", "told"), [(64, True), (128, False)])
+def test_labels_that_are_too_few_to_choose_by_are_told_of(answers, told, caplog):
+    distill(network(2), teacher=network(1), data=images(), val=images(answers), epochs=1)
+    assert (f"val has labels for {answers} answers" in caplog.text) == told
