@@ -20,7 +20,7 @@ _LARGEST_PART = 64_000_000
 _WIDE = 512
 # Of float32 sums, as a share of their terms.
 _ROUNDING = 1e-6
-# Deviations between zero and a mean from which on it is taken off first: a hundredth of the digits are lost by then.
+# Deviations between zero and a mean from which on it is taken off first: float32 has lost two of seven digits by then.
 _FAR = 10
 
 

@@ -287,3 +287,24 @@ def test_what_a_public_method_hands_out_keeps_its_order(packed):
     folded, kept = (ghostify.apply(some, model, calibration=images) for some in (plan, indexed(plan)))
     made, wanted = (some.forward_features(images) for some in (folded, kept))
     assert torch.allclose(made.maps if packed else made, wanted.maps if packed else wanted, atol=1e-5)
+
+
+def test_a_dataclass_that_holds_itself_and_less_than_it_says():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        itself: object = None
+        later: object = dataclasses.field(init=False)
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.site, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
+
+        def forward(self, x):
+            made = Output(self.head(self.site(torch.relu(self.stem(x))).mean((2, 3))))
+            made.itself = made
+            return made
+
+    small = ghostify.convert(Odd(), example_inputs=torch.randn(2, 3, 8, 8))
+    assert small(torch.randn(5, 3, 8, 8)).logits.shape == (5, 2)

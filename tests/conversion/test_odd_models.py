@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import dataclasses
 import types
 
 import pytest
@@ -383,24 +382,3 @@ def test_one_map_without_a_batch_inside_the_model():
     one, other = (converted(model, **options) for model in singles)
     assert torch.equal(one.c1.primary_conv.weight, other.c1.primary_conv.weight)
     assert torch.allclose(one.c2.primary_conv.weight, other.c2.primary_conv.weight, atol=1e-4)
-
-
-def test_a_dataclass_that_holds_itself_and_less_than_it_says():
-    @dataclasses.dataclass
-    class Output:
-        logits: torch.Tensor
-        itself: object = None
-        later: object = dataclasses.field(init=False)
-
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.site, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 2)
-
-        def forward(self, x):
-            made = Output(self.head(self.site(torch.relu(self.stem(x))).mean((2, 3))))
-            made.itself = made
-            return made
-
-    small = ghostify.convert(Odd(), example_inputs=torch.randn(2, 3, 8, 8))
-    assert small(torch.randn(5, 3, 8, 8)).logits.shape == (5, 2)

@@ -13,6 +13,7 @@ from torch import nn
 import ghostify
 from ghostify import GhostConv2d, GhostSpec
 from ghostify.conversion import INITIALISERS, refinement, walk
+from ghostify.conversion.fits import Fit, with_fits
 from ghostify.nn import GhostConv
 from ghostify.nn.cifar import CifarResNet
 from ghostify.nn.selection import select_channels
@@ -69,6 +70,12 @@ def test_the_error_that_is_told_is_the_one_in_the_converted_model(name):
     weight = (norm.weight / (norm.running_var + norm.eps).sqrt()).square().detach()
     missed, whole = ((weight * some.var((0, 2, 3))).sum() for some in (targets - made, targets))
     assert site.error == pytest.approx(float(missed / whole), rel=0.05)
+
+
+def test_an_error_that_is_no_number_is_warned_of():
+    plan = ghostify.plan(net(), example_inputs=X)
+    with pytest.warns(UserWarning, match=r"1 of 2 Ghost units start with more than 50% .*layer1.0.conv1 \(nan%\)"):
+        with_fits(plan, {"layer1.0.conv1": Fit(0.5, math.nan), "layer1.0.conv2": Fit(0.5, 0.1)})
 
 
 def test_a_site_that_is_called_again_is_told_of():
