@@ -29,8 +29,9 @@ def watched_signals(*, watch: bool, alone: bool) -> Iterator[Stop]:
 
     A second SIGTERM changes nothing: whoever is in a hurry sends SIGKILL. A second SIGINT, from an impatient
     hand, does what it always did, but not in one of several processes, each of which gets a signal twice:
-    from the terminal and from its launcher. Python lets only the main thread do this; elsewhere, and without ``watch``,
-    signals are left alone.
+    from the terminal and from its launcher. A signal that is ignored stays so, as SIGINT is where a script started the
+    run in the background. Python lets only the main thread do this; elsewhere, and without ``watch``, signals are left
+    alone.
 
     Args:
         watch: Whether there is anything to write.
@@ -43,7 +44,8 @@ def watched_signals(*, watch: bool, alone: bool) -> Iterator[Stop]:
     if not watch or threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
 
     def note(number: int, frame: Any) -> None:
         stop.signal = number

@@ -67,8 +67,21 @@ def test_channels_last_weights_get_their_memory_back(tmp_path: Path) -> None:
     assert same(started(batches(), resume=True), whole)
 
 
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """As a terminal has them; where tests run in the background of a script, SIGINT is ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_waits_for_the_step_and_writes_the_state(tmp_path: Path, number: int, error: type) -> None:
+def test_a_signal_waits_for_the_step_and_writes_the_state(
+    tmp_path: Path, number: int, error: type, usual_signals: None
+) -> None:
     config = DistillConfig(lr=0.05)  # no state is due by itself
     whole = run(tmp_path / "whole", config=config)
     before = signal.getsignal(number)
@@ -232,7 +245,7 @@ def test_an_error_in_the_data_loses_no_step(tmp_path: Path, caplog: pytest.LogCa
     assert same(run(tmp_path / "run", resume=True, config=config), whole)
 
 
-def test_a_signal_ends_a_validation(tmp_path: Path) -> None:
+def test_a_signal_ends_a_validation(tmp_path: Path, usual_signals: None) -> None:
     config, passes = DistillConfig(lr=0.05), []
 
     class Watched:
@@ -259,7 +272,7 @@ def test_a_signal_ends_a_validation(tmp_path: Path) -> None:
     assert same(validated(tmp_path / "run", batches(), resume=True), whole)
 
 
-def test_a_repeated_sigterm_changes_nothing_and_one_process_hears_a_second_sigint() -> None:
+def test_a_repeated_sigterm_changes_nothing_and_one_process_hears_a_second_sigint(usual_signals: None) -> None:
     for alone in (True, False):
         with watched_signals(watch=True, alone=alone) as stop:
             for _ in range(3):
@@ -268,6 +281,17 @@ def test_a_repeated_sigterm_changes_nothing_and_one_process_hears_a_second_sigin
             os.kill(os.getpid(), signal.SIGINT)
             with pytest.raises(KeyboardInterrupt) if alone else nullcontext():
                 os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so(usual_signals: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with watched_signals(watch=True, alone=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("sampled", [False, True])
