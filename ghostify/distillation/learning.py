@@ -21,7 +21,7 @@ from ghostify.distillation.mixing import mixed
 from ghostify.distillation.optimisation import build_optimizer
 from ghostify.distillation.preflight import explained
 from ghostify.distillation.processes import Item, Processes
-from ghostify.errors import InputsError, OptionError
+from ghostify.errors import InputsError, OptionError, TrainingError
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Learner:
 
         Raises:
             InputsError: The batch cannot be read.
-            TrainingError: The student does not run on it.
+            TrainingError: The student does not run on it, or has parameters that take no part where processes share.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -136,6 +136,8 @@ class Learner:
                 weight = len(part.inputs) * self.processes.count / everyone if own else 0.0
                 self.scaler.scale(loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach() * (len(part.inputs) if own else 0)
+        if self.processes.count > 1:
+            self._check_all_take_part()
         norm = self._clipped_norm()
         finite = torch.isfinite(loss_sum if self._may_overflow else loss_sum + norm)
         if self.processes.count == 1:
@@ -170,6 +172,16 @@ class Learner:
                 "for the whole batch is needed. Take its mean."
             )
         return loss
+
+    def _check_all_take_part(self) -> None:
+        """Raise TrainingError where a parameter has no gradient: torch would not average those beside it either."""
+        idle = [name for name, p in self.student.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            raise TrainingError(
+                f"student has {len(idle)} parameters that its answer does not depend on ({', '.join(idle[:3])}"
+                f"{', …' if len(idle) > 3 else ''}), and several processes cannot share gradients then. Call "
+                "requires_grad_(False) on them, or use one process."
+            )
 
     @property
     def _may_overflow(self) -> bool:

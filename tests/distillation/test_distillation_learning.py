@@ -294,6 +294,31 @@ def test_processes_compare_their_first_batches(monkeypatch: pytest.MonkeyPatch, 
         Processes(1, 2).check_data(Batch(mine, None), "data")
 
 
-def test_data_that_are_shared_out_already_are_refused() -> None:
+class WithSpare(nn.Module):
+    """A network with a head that its answer does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.spare = network(2, FrozenNorm), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+def with_spare(rank: int) -> None:
+    student = WithSpare()
+    with pytest.raises(TrainingError, match=r"student has 2 parameters .*\(spare.weight, spare.bias\), and several"):
+        distill(student, teacher=network(1), data=batches(), epochs=1, config=FROZEN)
+    student.spare.requires_grad_(False)
+    assert distill(student, teacher=network(1), data=batches(), epochs=1, config=FROZEN).history
+
+
+def both(rank: int) -> None:
+    refused(rank)
+    with_spare(rank)
+
+
+def test_shared_out_data_and_idle_parameters_are_refused_where_processes_are_several() -> None:
     pytest.importorskip("accelerate")
-    in_two_processes(refused)
+    assert distill(WithSpare(), teacher=network(1), data=batches(), epochs=1, config=FROZEN).history
+    in_two_processes(both)
