@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024, help="unlabelled training images to start from")
     parser.add_argument("--epochs", type=int, default=3)
     # A good start wants a low peak soon; docs/initialisation.md tells what was tried on the validation images.
-    parser.add_argument("--loss", default="kd", help="kd or mse")
+    parser.add_argument("--loss", default="mse", help="kd, mse or dist")
     parser.add_argument("--lr", type=float, default=0.02, help="peak learning rate")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps before the peak")
     parser.add_argument("--seed", type=int, default=0)

@@ -115,7 +115,7 @@ def plan_command(
 
 @app.command(
     "convert",
-    epilog="Example: ghostify convert torchvision:mobilenet_v2 --weights mobilenet_v2.pth --plan plan.json --out small",
+    epilog="Example: ghostify convert torchvision:resnet18 --weights resnet18.pth --plan plan.json --out small",
 )
 def convert_command(
     context: typer.Context,
@@ -195,7 +195,9 @@ app.command(
 )(compare_command)
 
 
-app.command("export", epilog="Example: ghostify export my.models:resnet20 run/student --out small.onnx")(export_command)
+app.command(
+    "export", epilog="Example: ghostify export my.models:resnet20 run/student --input-shape 3,32,32 --out small.onnx"
+)(export_command)
 app.command("describe", epilog="Example: ghostify describe small.onnx --json")(describe_command)
 
 

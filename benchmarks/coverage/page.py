@@ -115,7 +115,7 @@ def _summary(rows: Sequence[Row]) -> str:
         flawless = sum(row.status == CONVERTED and not row.failures() for row in members)
         eligible = len(members) - statuses[NO_CONVOLUTION]
         lines.append([" ".join(names), len(members), eligible, *(statuses[status] for status in shown), flawless])
-    return _table(lines, ["", "models", "with convolutions", *shown, "converted, and every check ok"])
+    return _table(lines, ["", "models", "with convolutions", *shown, "converted, and no check failed"])
 
 
 def _gains(rows: Sequence[Row]) -> str:

@@ -1,7 +1,8 @@
 """Estimating the statistics of batch norms anew, on unlabelled images.
 
-It is what a start without images needs: of fresh filters the norms' statistics know nothing. A start
-with images has no use for it, because there the norms carry the original's statistics (docs/initialisation.md).
+It is what a start needs that follows no drift (``random``, ``first``, ``weights``, ``least-squares``).
+``sequential`` and ``alternating`` fit their units to the original's statistics, and have no use for it
+(docs/initialisation.md).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ Statistics = tuple[Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set in three parts that share no image.
+    """A data set in three parts that share no image (``wds:`` with two patterns has one part for choices and test).
 
     Attributes:
         name: As in ``load_data(name)``.

@@ -58,7 +58,7 @@ def distill(
     (state dicts) and ``history.json`` in it, replaced one by one and never half-written. The state of the run
     is in ``state/``, written after every epoch, every ``state_every`` steps and at SIGTERM or SIGINT; with
     ``resume`` a run that was stopped or killed goes on from there, inside the epoch, and on a CPU ends with
-    the very weights that it would have had. Of data of one's own that takes batches in an order that depends on
+    the very weights that it would have had. For that, data of your own must yield batches in an order that depends on
     the epoch's number or on torch's, NumPy's or Python's global random numbers alone.
 
     Started by ``torchrun`` or ``accelerate launch``, each of several processes calls this with models on its

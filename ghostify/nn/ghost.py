@@ -28,7 +28,10 @@ _NORMS: dict[int, Callable[..., _BatchNorm]] = {1: nn.BatchNorm1d, 2: nn.BatchNo
 
 
 class GhostConv(nn.Module):
-    """A convolution with the signature, output shape and channel order of torch's, at 1/ratio of the cost.
+    """A convolution with the signature and output shape of torch's, at little more than 1/ratio of the cost.
+
+    Its channels come in the order of the original's, unless that order was folded into the layers that read them
+    (``output_channels`` tells).
 
     This is what [GhostConv1d][ghostify.nn.GhostConv1d], [GhostConv2d][ghostify.nn.GhostConv2d] and
     [GhostConv3d][ghostify.nn.GhostConv3d] have in common; in the place of a transposed convolution

@@ -45,7 +45,8 @@ class Met:
 
     Attributes:
         decisions: For every site.
-        damage: Sum over the sites of the share of variance that each loses, measured alone.
+        damage: Sum over the sites of what each loses, measured alone: its share of variance, or with
+            ``sensitivity="measured"`` the divergence of the answers.
         left: What is left of every cost, as a fraction of the original.
         notes: What was asked and what is reached, in lines to read.
     """

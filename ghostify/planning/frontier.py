@@ -39,7 +39,8 @@ class FrontierPoint(NamedTuple):
 
     Attributes:
         fraction: What is left of the cost, as a fraction of the original.
-        damage: Sum over the sites of the share of variance that each loses, measured alone.
+        damage: Sum over the sites of what each loses, measured alone: its share of variance, or with
+            ``sensitivity="measured"`` the divergence of the answers.
         plan: For [apply][ghostify.apply].
     """
 

@@ -46,7 +46,8 @@ def plan(
 ) -> Plan:
     """Decide for every convolution of a model whether and how a Ghost unit replaces it.
 
-    Nothing is changed: the model is run once on the example inputs, in evaluation mode.
+    Nothing is changed: the model is run on the example inputs in evaluation mode, and with ``keep`` or ``budget``
+    on the calibration inputs.
 
     Args:
         model: The trained network, any module that runs.
