@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ghostify.tracing.example import Example, difference, same_shapes, unmarked
-from ghostify.tracing.graph import CHANGES_INPUT
+from ghostify.tracing.graph import CHANGES_INPUT, attribute
 
 
 def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any) -> str:
@@ -57,7 +56,7 @@ def run_node(node: fx.Node, model: nn.Module, example: Example, args: Any, kwarg
     if node.op == "placeholder":
         return _placeholder(node, example.copied())
     if node.op == "get_attr":
-        return operator.attrgetter(str(node.target))(model)
+        return attribute(node, model)
     if node.op == "call_module":
         return model.get_submodule(str(node.target))(*args, **kwargs)
     if node.op == "call_method":

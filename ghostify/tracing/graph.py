@@ -39,6 +39,8 @@ _OTHER_ACTIVATIONS = {
 CHANGES_INPUT = "changes_input"
 # What tracing has: whether a public method of the model, such as timm's forward_features, gives it to whoever calls it.
 HANDED_OUT = "handed_out"
+# And a tensor that the forward makes of nothing, such as the mean that it takes off: the model does not hold it.
+_CONSTANT = "constant"
 _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
@@ -77,8 +79,18 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
     with unmarked(model), torch.random.fork_rng(devices=[]):
         for module in model.modules():
             module.training = training
+        held = set(vars(model))
         with _noted_results(model):
-            return _Tracer().trace(model, concrete_args=defaults or None)
+            graph = _Tracer().trace(model, concrete_args=defaults or None)
+        for node in graph.nodes:
+            if node.op == "get_attr" and str(node.target) in vars(model).keys() - held:  # FX hangs them on the model
+                node.meta[_CONSTANT] = vars(model)[str(node.target)]
+    return graph
+
+
+def attribute(node: fx.Node, model: nn.Module) -> Any:
+    """What of the model a node reads or calls by name."""
+    return node.meta[_CONSTANT] if _CONSTANT in node.meta else operator.attrgetter(str(node.target))(model)
 
 
 @contextmanager
@@ -280,7 +292,5 @@ def _is_weight(node: fx.Node, model: nn.Module) -> bool:
     """Whether ``node`` reads a matrix or kernel of the model directly, as in ``F.conv2d(x, self.weight)``."""
     if node.op != "get_attr":
         return False
-    value: Any = model
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value = attribute(node, model)
     return isinstance(value, nn.Parameter) and value.dim() > 1

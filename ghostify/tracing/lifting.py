@@ -7,13 +7,14 @@ itself changes and a ``torch.fx.GraphModule`` takes the model's place.
 from __future__ import annotations
 
 import copy
-import operator
 from collections import Counter
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ghostify.tracing.graph import attribute
 
 _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d,
@@ -76,8 +77,8 @@ def lift_functions(model: nn.Module, graph: fx.Graph) -> tuple[LiftedModel, tupl
                     lifted.erase_node(dead)
     if not made:
         return None
-    targets = {str(node.target) for node in lifted.nodes if node.op in ("call_module", "get_attr")} - made.keys()
-    root: dict[str, Any] = {target: operator.attrgetter(target)(model) for target in sorted(targets)}
+    named = {str(node.target): node for node in lifted.nodes if node.op in ("call_module", "get_attr")}
+    root = {target: attribute(named[target], model) for target in sorted(named.keys() - made.keys())}
     whole = LiftedModel({**root, **made}, lifted, type(model).__name__)
     known = set(model.modules())
     for module in whole.modules():
@@ -124,7 +125,7 @@ def _parameter(argument: Any, model: nn.Module, reads: Counter[str]) -> nn.Param
         return None
     if reads[str(argument.target)] != 1 or len(argument.users) != 1:
         return None
-    value = operator.attrgetter(str(argument.target))(model)
+    value = attribute(argument, model)
     return value if isinstance(value, nn.Parameter) else None
 
 

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ghostify.tracing.alike import ALIKE, is_alike, is_alike_call, is_known
-from ghostify.tracing.graph import HANDED_OUT, is_batch_norm
+from ghostify.tracing.graph import HANDED_OUT, attribute, is_batch_norm
 from ghostify.tracing.sites import has_hooks, parameter_owners
 
 _TOGETHER = {"add", "sub", "mul", "truediv", "div", "iadd", "isub", "imul", "maximum", "minimum"}
@@ -233,7 +233,7 @@ class _Search:
         """Whether a node reads one number of the model's."""
         if node.op != "get_attr":
             return False
-        value = operator.attrgetter(str(node.target))(self.model)
+        value = attribute(node, self.model)
         return isinstance(value, torch.Tensor) and value.numel() == 1
 
     def _in_a_row(self, node: fx.Node, values: dict[fx.Node, _Maps]) -> _Maps | None:

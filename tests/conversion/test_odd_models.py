@@ -108,6 +108,39 @@ def test_a_graph_that_does_not_run_is_not_used():
     assert small.ghostify_plan.trace_way == "recorded"
 
 
+class Normalises(Base):
+    """Its forward makes tensors that it holds nowhere."""
+
+    def forward(self, x):
+        return self.body((x - torch.linspace(-1, 1, 8).view(1, 8, 1, 1)) / torch.tensor(2.0))
+
+
+class NormalisesAndCalls(Normalises):
+    """And it calls a convolution as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)) / 12)
+
+    def body(self, x):
+        x = F.relu(self.c0(x) + torch.tensor(0.5))
+        x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=1)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Normalises, NormalisesAndCalls])
+def test_tensors_that_a_forward_makes_belong_to_the_graph(tmp_path, kind):
+    model = made(kind)
+    held = set(vars(model))
+    small = converted(model)
+    assert small.ghostify_plan.trace_way == "fx"
+    assert set(vars(model)) == held
+    assert bool(small.ghostify_plan.lifted) == (kind is NormalisesAndCalls)
+    assert error(small, model) < 0.2
+    again = ghostify.load(ghostify.save(small, tmp_path / "small"), base=made(kind)).eval()
+    assert torch.equal(again(X), small(X))
+
+
 class Half(nn.Module):
     def forward(self, x):
         return x.mul_(0.5)
