@@ -244,29 +244,31 @@ def one_of_two(rank: int, port: int, work, *args) -> None:
     work(rank, *args)
 
 
-def learned(rank: int, data, out: Path) -> None:
-    student = network(2, FrozenNorm)
-    run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN, out=out)
-    torch.save((student.state_dict(), run.history, run.start), out / f"{rank}.pt")
-
-
 FROZEN = DistillConfig(lr=0.05, precision="fp32", state_every=2)
 
 
-@pytest.mark.parametrize("data", [batches(49), Plain()], ids=["shards", "rows"])
-def test_two_processes_learn_what_one_does(tmp_path: Path, data) -> None:
+def learned(rank: int, sources: dict, out: Path) -> None:
+    for name, data in sources.items():
+        student, folder = network(2, FrozenNorm), out / name
+        run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN, out=folder)
+        torch.save((student.state_dict(), run.history, run.start), folder / f"{rank}.pt")
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    student = network(2, FrozenNorm)  # the last batch has one image, for two processes
-    run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN)
-    in_two_processes(learned, data, tmp_path)
-    for rank in range(2):
-        weights, history, start = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert close(weights, student.state_dict())
-        assert start.accuracy == run.start.accuracy
-        for mine, theirs in zip(history, run.history):
-            assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
-            assert mine.val_accuracy == theirs.val_accuracy
-    assert (tmp_path / "best.safetensors").exists()
+    sources = {"shards": batches(49), "rows": Plain()}  # the last batch has one image, for two processes
+    in_two_processes(learned, sources, tmp_path)
+    for name, data in sources.items():
+        student = network(2, FrozenNorm)
+        run = distill(student, teacher=network(1), data=data, val=batches(), epochs=2, config=FROZEN)
+        for rank in range(2):
+            weights, history, start = torch.load(tmp_path / name / f"{rank}.pt", weights_only=False)
+            assert close(weights, student.state_dict())
+            assert start.accuracy == run.start.accuracy
+            for mine, theirs in zip(history, run.history, strict=True):
+                assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+                assert mine.val_accuracy == theirs.val_accuracy
+        assert (tmp_path / name / "best.safetensors").exists()
 
 
 def refused(rank: int) -> None:
