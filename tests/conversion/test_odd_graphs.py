@@ -1,0 +1,151 @@
+"""Models whose torch.fx graph parts from what they compute, or holds what they do not."""
+
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from odd_models import Base, X, converted, error, made
+from torch import nn
+
+import ghostify
+from ghostify.conversion import INITIALISERS
+from ghostify.tracing import trace
+
+
+class ScalesTensors(Base):
+    """FX's stand-in is no tensor, so its graph leaves the scaling out."""
+
+    def forward(self, x):
+        return self.body(x / 255 if isinstance(x, torch.Tensor) else x)
+
+
+class AddsInPlace(Base):
+    """FX's stand-in knows no ``+=``: in its graph the alias keeps the old values."""
+
+    def forward(self, x):
+        x = F.relu(self.c0(x))
+        shortcut = x
+        x += 3 * self.c1(x)
+        x = self.c2(F.relu(x)) + shortcut
+        return self.head(x.mean((2, 3)))
+
+
+def with_a_hook():
+    model = made()
+    model.register_forward_pre_hook(lambda module, args: (args[0] / 255,))
+    return model
+
+
+def with_a_forward_of_its_own():
+    model = made()
+    model.forward = types.MethodType(lambda self, x: self.body(x / 255), model)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: made(ScalesTensors), with_a_hook, with_a_forward_of_its_own])
+@pytest.mark.parametrize("name", ["least-squares", "alternating"])
+def test_a_graph_that_is_not_the_model_is_not_used(make, name):
+    model = make()
+    assert trace(model, 255 * X).note.startswith("its graph gives other outputs")
+    small = converted(model, example_inputs=255 * X, calibration=255 * X, initialiser=name)
+    assert small.ghostify_plan.trace_way == "recorded"
+    assert error(small, model, 255 * X) < 0.2
+
+
+def test_a_graph_in_which_an_alias_is_lost_is_not_used():
+    model = made(AddsInPlace)
+    assert trace(model, X).graph is None
+    assert error(converted(model), model) < 0.1
+
+
+def test_a_graph_that_does_not_run_is_not_used():
+    class Unpacks(Base):
+        def forward(self, batch):
+            return self.body(batch["image"] if isinstance(batch, dict) else batch)
+
+    inputs = ({"image": X},)
+    assert trace(made(Unpacks), inputs).note.startswith("its graph does not run: TypeError")
+    small = ghostify.convert(made(Unpacks), example_inputs=inputs)
+    assert small.ghostify_plan.trace_way == "recorded"
+
+
+class Normalises(Base):
+    """Its forward makes tensors that it holds nowhere."""
+
+    def forward(self, x):
+        return self.body((x - torch.linspace(-1, 1, 8).view(1, 8, 1, 1)) / torch.tensor(2.0))
+
+
+class NormalisesAndCalls(Normalises):
+    """And it calls a convolution as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)) / 12)
+
+    def body(self, x):
+        x = F.relu(self.c0(x) + torch.tensor(0.5))
+        x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=1)))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Normalises, NormalisesAndCalls])
+def test_tensors_that_a_forward_makes_belong_to_the_graph(tmp_path, kind):
+    model = made(kind)
+    held = set(vars(model))
+    small = converted(model)
+    assert small.ghostify_plan.trace_way == "fx"
+    assert set(vars(model)) == held
+    assert bool(small.ghostify_plan.lifted) == (kind is NormalisesAndCalls)
+    assert error(small, model) < 0.2
+    again = ghostify.load(ghostify.save(small, tmp_path / "small"), base=made(kind)).eval()
+    assert torch.equal(again(X), small(X))
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x.mul_(0.5)
+
+
+class Accumulate(nn.Module):
+    def forward(self, a, b):
+        a += b
+        return a
+
+
+class ModulesInPlace(Base):
+    """Modules without an attribute ``inplace`` that change what they read all the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.halve, self.accumulate = Half(), Accumulate()
+
+    def forward(self, x):
+        x = F.relu(self.c0(x))
+        x = self.accumulate(x, self.b1(self.c1(x)))
+        y = self.b2(self.c2(x))
+        x = F.avg_pool2d(self.halve(x), 3, 1, 1)
+        return self.head(F.relu(y + x).mean((2, 3)))
+
+
+def test_modules_that_work_in_place_are_seen_to_do_so():
+    model = made(ModulesInPlace)
+    seen = {}
+
+    def note(name):
+        return lambda module, args, output: seen.update({name: (args[0].clone(), output.clone())})
+
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in ("c1", "c2")]
+    model(X)
+    for handle in handles:
+        handle.remove()
+    visits = {}
+
+    def fit(conversion):
+        for visit in INITIALISERS["least-squares"].__globals__["_visits"](conversion, conversion.facts.model):
+            visits[visit.decision.site.name] = (visit.inputs[0].clone(), visit.targets[0].clone())
+
+    converted(model, initialiser=fit)
+    for name, pair in seen.items():
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(visits[name], pair)), name
