@@ -89,8 +89,14 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
 
 
 def attribute(node: fx.Node, model: nn.Module) -> Any:
-    """What of the model a node reads or calls by name."""
-    return node.meta[_CONSTANT] if _CONSTANT in node.meta else operator.attrgetter(str(node.target))(model)
+    """What of the model a node reads or calls by name; a tensor that the forward makes is made anew, as there."""
+    return node.meta[_CONSTANT].clone() if _CONSTANT in node.meta else operator.attrgetter(str(node.target))(model)
+
+
+def changes_a_constant(graph: fx.Graph, model: nn.Module) -> bool:
+    """Whether a tensor that the forward makes anew in every run is changed in place: a module would keep the change."""
+    made = (node for node in graph.nodes if _CONSTANT in node.meta)
+    return any(changes_its_input(user, model) for node in made for user in node.users)
 
 
 @contextmanager

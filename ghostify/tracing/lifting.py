@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ghostify.tracing.graph import attribute
+from ghostify.tracing.graph import attribute, changes_a_constant
 
 _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d,
@@ -56,7 +56,8 @@ def lift_functions(model: nn.Module, graph: fx.Graph) -> tuple[LiftedModel, tupl
     """
     lifted = fx.Graph()
     lifted.output(lifted.graph_copy(graph, {}))
-    if any(node.target in _MODAL for node in lifted.nodes if node.op == "call_function"):
+    modal = any(node.target in _MODAL for node in lifted.nodes if node.op == "call_function")
+    if modal or changes_a_constant(graph, model):
         return None
     taken = {str(node.target) for node in lifted.nodes if node.op == "call_module"}
     reads = Counter(str(node.target) for node in lifted.nodes if node.op == "get_attr")

@@ -11,6 +11,7 @@ from torch import nn
 import ghostify
 from ghostify.conversion import INITIALISERS
 from ghostify.tracing import trace
+from ghostify.tracing.execution import run_graph
 
 
 class ScalesTensors(Base):
@@ -101,6 +102,32 @@ def test_tensors_that_a_forward_makes_belong_to_the_graph(tmp_path, kind):
     assert error(small, model) < 0.2
     again = ghostify.load(ghostify.save(small, tmp_path / "small"), base=made(kind)).eval()
     assert torch.equal(again(X), small(X))
+
+
+class FillsWhatItMakes(Base):
+    """It adds to a tensor that every run makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)) / 12)
+
+    def body(self, x):
+        start = torch.zeros(1, 8, 1, 1)
+        start += x.mean((0, 2, 3), keepdim=True)
+        x = F.relu(self.c0(x + start))
+        x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=1)))
+        return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
+
+
+def test_what_is_made_anew_in_every_run_keeps_nothing_of_the_last_one():
+    model = made(FillsWhatItMakes)
+    facts = trace(model, X)
+    assert run_graph(facts.graph, model, facts.example, facts.outputs) == ""  # once more
+    small = converted(model)
+    assert small.ghostify_plan.trace_way == "fx"
+    assert not small.ghostify_plan.lifted
+    assert torch.equal(small(X), small(X))
+    assert error(small, model) < 0.2
 
 
 class Half(nn.Module):
