@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn, TextIO
 
+import torch
 import typer
 
+from ghostify import __version__
 from ghostify.cli_compare import compare_command
 from ghostify.cli_distill import distill_command
 from ghostify.cli_export import check_shown, describe_command, export_command
@@ -52,13 +55,27 @@ from ghostify.spec import GhostSpec, Plan
 from ghostify.zoo import is_onnx, load_model
 
 app = typer.Typer(
-    help="Turn a trained CNN into a Ghost network: plan, convert, distil, compare, export.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        show(f"ghostify {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the versions and end")
+    ] = False,
+) -> None:
+    """Turn a trained CNN into a Ghost network: plan, convert, distil, compare, export."""
 
 
 @app.command(

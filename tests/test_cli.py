@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,38 +33,36 @@ def test_help_has_an_example(command):
     assert f"Example: ghostify {command}" in " ".join(shown.output.split())
 
 
-def test_the_whole_way(tmp_path):
+def test_the_whole_way(called, tmp_path):
     (tmp_path / "nets.py").write_text(
         "from ghostify.nn.cifar import CifarResNet\ndef digits_net():\n    return CifarResNet(1, in_channels=1)\n"
     )
+
+    def done(*arguments):
+        status, out, error = called(*arguments)
+        assert status == 0, error
+        return out
+
     model, shape = "nets:digits_net", ("--input-shape", "1,8,8")
-    planned = ghostify("plan", model, *shape, "--override", "layer1.*=keep", "--out", "plan.json", folder=tmp_path)
-    assert planned.returncode == 0, planned.stderr
-    assert "kept by override 'layer1.*'" in planned.stdout
-    converted = ghostify(
-        "convert", model, "--plan", "plan.json", "--calibration", "digits", "--images", "64", "--out", "small",
-        folder=tmp_path,
-    )  # fmt: skip
-    assert converted.returncode == 0, converted.stderr
-    distilled = ghostify(
-        "distill", model, "small", "--data", "digits", "--epochs", "1", "--out", "run", "--cache-teacher", "--json",
-        folder=tmp_path,
-    )  # fmt: skip
-    assert distilled.returncode == 0, distilled.stderr
-    assert [epoch["epoch"] for epoch in json.loads(distilled.stdout)] == [1]
+    planned = done("plan", model, *shape, "--override", "layer1.*=keep", "--out", "plan.json")
+    assert "kept by override 'layer1.*'" in planned
+    done("convert", model, "--plan", "plan.json", "--calibration", "digits", "--images", "64", "--out", "small")
+    distilled = done(
+        "distill", model, "small", "--data", "digits", "--epochs", "1", "--out", "run", "--cache-teacher", "--json"
+    )
+    assert [epoch["epoch"] for epoch in json.loads(distilled)] == [1]
     assert json.loads((tmp_path / "run/history.json").read_text())["config"]["cache_teacher"]
-    compared = ghostify(
-        "compare", model, "run/student", "--data", "digits", "--history", "run/history.json", "--out", "page.html",
-        "--json", folder=tmp_path,
+    report = json.loads(
+        done(
+            "compare", model, "run/student", "--data", "digits", "--history", "run/history.json", "--out", "page.html",
+            "--json",
+        )
     )  # fmt: skip
-    assert compared.returncode == 0, compared.stderr
-    report = json.loads(compared.stdout)
     assert report["compressed"]["params"] < report["original"]["params"]
     assert report["accuracy"]["examples"] == 359
     assert len(report["history"]) == 1
     assert (tmp_path / "page.html").is_file()
-    exported = ghostify("export", model, "run/student", *shape, "--out", "small.onnx", folder=tmp_path)
-    assert exported.returncode == 0, exported.stderr
+    done("export", model, "run/student", *shape, "--out", "small.onnx")
     assert (tmp_path / "small.onnx").is_file()
 
 
@@ -195,6 +194,12 @@ def test_a_full_disk_behind_standard_output_is_an_error(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("ghostify: OSError: [Errno 28] No space left")
     assert done.stderr.count("\n") == 1
+
+
+def test_versions_are_told_as_an_issue_needs_them(called):
+    status, out, _ = called("--version")
+    assert status == 0
+    assert out.startswith(f"ghostify {version('ghostify')}, torch {torch.__version__}, Python 3.")
 
 
 def test_wrong_usage_is_status_2(called):

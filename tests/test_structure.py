@@ -15,6 +15,7 @@ PACKAGE = Path(ghostify.__file__).parent
 BASE = ["errors", "documents", "plan_text", "spec", "extras", "files", "measurements", "states"]
 STAGES = ["nn", "tracing", "backends", "planning", "conversion", "distillation", "reporting", "deployment"]
 HEAVY = [
+    "scipy.optimize",
     "matplotlib",
     "jinja2",
     "onnx",

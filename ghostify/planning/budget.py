@@ -18,7 +18,6 @@ from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from ghostify.errors import BudgetError, NothingToConvertError
@@ -150,6 +149,8 @@ def least_damage(
     Raises:
         BudgetError: The solver gave up.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here, as importing it takes longer than most commands
+
     sizes = [len(some) for some in damages]
     starts = np.cumsum([0, *sizes])
     damage = np.array([value for some in damages for value in some], dtype=float)

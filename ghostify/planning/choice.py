@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ghostify.spec import GhostSpec
@@ -106,6 +105,8 @@ def _assign(gain: Matrix, intrinsic: Indices, ghosts: Indices, *, movable: bool)
     value = gain[np.ix_(intrinsic[slots], ghosts)].T
     # Where more slots are offered than ghosts exist, the first q of every parent must be filled.
     value[:, : m * q] += 2 * (np.abs(value).max() + 1)
+    from scipy.optimize import linear_sum_assignment  # here, as importing it takes longer than most commands
+
     rows, columns = linear_sum_assignment(value, maximize=True)
     ghost_of_slot = dict(zip(columns.tolist(), ghosts[rows].tolist()))
     with_extra = [slot - m * q for slot in range(m * q, len(slots)) if slot in ghost_of_slot]
