@@ -12,13 +12,15 @@ from ghostify.errors import OutputError
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str], *, sole_writer: bool = False) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is renamed to ``path``, else removed.
 
     A link stays one: what it leads to is replaced. Into a pipe or a device the result is copied.
 
     Args:
         path: The final file. Missing parent folders are made.
+        sole_writer: Nobody else writes this file now, so that temporary ones beside it are of a process that was
+            killed, and removed.
 
     Yields:
         The temporary path to write to.
@@ -32,6 +34,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         if not special:
             final = Path(os.path.realpath(path))
             final.parent.mkdir(parents=True, exist_ok=True)
+            if sole_writer:
+                for abandoned in final.parent.glob(f".{glob.escape(final.stem)}.????????{glob.escape(final.suffix)}"):
+                    abandoned.unlink(missing_ok=True)
         home = None if special else final.parent
         descriptor, name = tempfile.mkstemp(prefix=f".{final.stem}.", suffix=final.suffix, dir=home)
         os.close(descriptor)

@@ -206,3 +206,15 @@ def test_a_folder_whose_replacement_was_interrupted_is_found(tmp_path: Path) -> 
     assert interrupted(tmp_path / "result") == tmp_path / ".result.old.abc"
     with pytest.raises(ArtefactError, match=r"A save was interrupted: .*\.result\.old\.abc' is the one before it"):
         read_manifest(tmp_path / "result")
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_file_and_nothing_else_does(tmp_path: Path) -> None:
+    kept = [".last.safetensors", ".last.mine.safetensors", ".lasting.abcdefgh.safetensors", ".last.abcdefgh.json"]
+    for name in [".last.abcdefgh.safetensors", *kept]:
+        (tmp_path / name).touch()
+    with atomic_file(tmp_path / "last.safetensors") as temporary:
+        temporary.touch()
+    assert len(names(tmp_path)) == 6  # somebody may be writing it
+    with atomic_file(tmp_path / "last.safetensors", sole_writer=True) as temporary:
+        temporary.touch()
+    assert names(tmp_path) == sorted(["last.safetensors", *kept])

@@ -40,7 +40,7 @@ def write_weights(path: Path, state: State) -> None:
     """
     tensors = {name: value.contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     content = safetensors.torch.save(tensors)  # not save_file: a full disk is to be an OSError
-    with atomic_file(path) as temporary:
+    with atomic_file(path, sole_writer=True) as temporary:
         temporary.write_bytes(content)
 
 
@@ -61,5 +61,5 @@ def write_history(path: Path, *, progress: Progress, config: DistillConfig) -> N
         "epochs": [asdict(epoch) for epoch in progress.history],
         "best_epoch": progress.best_epoch,
     }
-    with atomic_file(path) as temporary:
+    with atomic_file(path, sole_writer=True) as temporary:
         temporary.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

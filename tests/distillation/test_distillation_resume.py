@@ -146,6 +146,7 @@ def test_killed_ten_times_at_any_moment_it_ends_the_same(tmp_path: Path, one_thr
         kills += 1
     assert same(run(out, resume=True), whole)
     assert not [p for p in (out / "state").iterdir() if p.suffix != ".safetensors"]
+    assert not list(out.glob(".last.*"))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied", "foreign"])
