@@ -122,7 +122,10 @@ class _Table:
         self._path, self._columns = path, columns
         with _reported(path):
             kept = [row for row in _whole_rows(path) if _count(row.get(columns[0])) <= done]
-        with atomic_file(path, sole_writer=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            atomic_file(path, sole_writer=True) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(kept)
