@@ -18,7 +18,14 @@ from ghostify.backends import folding
 from ghostify.backends.onnx_program import onnx_program
 from ghostify.deployment.onnx_notes import opset_of, write_notes
 from ghostify.deployment.operators import check_operators
-from ghostify.deployment.parity import BatchCheck, ExportCheck, compare_on_data, compare_on_examples, open_session
+from ghostify.deployment.parity import (
+    BatchCheck,
+    ExportCheck,
+    compare_on_data,
+    compare_on_examples,
+    feeds,
+    open_session,
+)
 from ghostify.errors import ExportError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
@@ -121,6 +128,7 @@ def export_onnx(
     # In the order of the signature: the exporter mixes up arguments that are given by name in another one.
     bound = inspect.signature(plain.forward).bind(*example.args, **example.kwargs)
     example = Example(bound.args, bound.kwargs)
+    real = None if data is None else feeds(data, example)
     proto = _checked_program(model, plain, example, config)
     reference = model if _is_float32_cpu(model) else plain
     with atomic_file(path) as temporary:
@@ -128,8 +136,8 @@ def export_onnx(
         check_file(onnx, temporary)
         session = open_session(runtime, temporary)
         batches = compare_on_examples(session, reference, example, config.batch_sizes, config.dynamic_size)
-        if data is not None:
-            batches += (compare_on_data(session, reference, data, example),)
+        if real is not None:
+            batches += (compare_on_data(session, reference, real),)
         check = ExportCheck(
             path=Path(path),
             bytes=temporary.stat().st_size,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -141,40 +142,58 @@ def compare_on_examples(
     return tuple(compare_batch(session, reference, source, run) for source, run in [*runs, ("example", example)])
 
 
-def compare_on_data(session: Any, reference: nn.Module, data: Iterable[Any], example: Example) -> BatchCheck:
-    """Run file and model side by side on real inputs.
+def feeds(data: Iterable[Any], example: Example) -> Iterator[Tensor]:
+    """The inputs of every batch. What is wrong with the first one is told at once, before anything is compared.
 
     Args:
-        session: Of the file.
-        reference: The model; it takes one tensor.
         data: Batches ``(n, …)``, or ``(inputs, targets)``.
-        example: The example inputs, whose number of dimensions a batch has.
-
-    Returns:
-        The largest errors of all batches together, and how many examples have the same highest score.
+        example: The model's example inputs: one tensor, whose number of dimensions a batch has.
 
     Raises:
         InputsError: The data are empty, or do not fit the model.
-        ExportError: The file does not run, or its shapes are not the model's.
     """
     if len(example.tensors()) != 1:
         raise InputsError(
             f"data can be compared for models of one input; this one takes {len(example.tensors())}. Pass data=None."
         )
     dims = example.tensors()[0].dim()
-    checks = []
-    for number, batch in enumerate(data):
-        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(inputs, Tensor) or inputs.dim() != dims or not len(inputs):
-            told = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-            raise InputsError(
-                f"data: batch {number} holds {told}, and the example inputs have {dims} dimensions. Give batches of "
-                "inputs, or (inputs, targets), as a DataLoader does."
-            )
-        given = Example((inputs,)).to(reference)
-        checks.append(compare_batch(session, reference, f"batch {number} of the data", given))
-    if not checks:
+
+    def checked() -> Iterator[Tensor]:
+        for number, batch in enumerate(data):
+            inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+            if not isinstance(inputs, Tensor) or inputs.dim() != dims or not len(inputs):
+                shape = f"a tensor of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else None
+                raise InputsError(
+                    f"data: batch {number} holds {shape or type(inputs).__name__}, and the example inputs have {dims} "
+                    "dimensions. Give batches of inputs, or (inputs, targets), as a DataLoader does."
+                )
+            yield inputs
+
+    batches = checked()
+    if (first := next(batches, None)) is None:
         raise InputsError("data holds no batch. Pass an iterable of batches that was not used up before.")
+    return chain([first], batches)
+
+
+def compare_on_data(session: Any, reference: nn.Module, inputs: Iterable[Tensor]) -> BatchCheck:
+    """Run file and model side by side on real inputs.
+
+    Args:
+        session: Of the file.
+        reference: The model; it takes one tensor.
+        inputs: Batches ``(n, …)``, at least one.
+
+    Returns:
+        The largest errors of all batches together, and how many examples have the same highest score.
+
+    Raises:
+        InputsError: A batch does not fit the model.
+        ExportError: The file does not run, or its shapes are not the model's.
+    """
+    checks = [
+        compare_batch(session, reference, f"batch {number} of the data", Example((batch,)).to(reference))
+        for number, batch in enumerate(inputs)
+    ]
     examples = sum(check.batch for check in checks)
     same = [check.top1 * check.batch for check in checks if check.top1 is not None]
     return BatchCheck(

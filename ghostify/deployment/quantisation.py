@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ghostify.backends.onnx_program import with_batch
 from ghostify.deployment.onnx_export import check_file, export_onnx
 from ghostify.deployment.onnx_notes import opset_of, read_onnx
-from ghostify.deployment.parity import BatchCheck, batches_table, compare_batch, compare_on_data, open_session
+from ghostify.deployment.parity import BatchCheck, batches_table, compare_batch, compare_on_data, feeds, open_session
 from ghostify.errors import ExportError, InputsError, OptionError
 from ghostify.extras import require
 from ghostify.files import atomic_file
@@ -177,6 +177,7 @@ def quantise_onnx(
     onnx = require("onnx", extra="onnx")
     runtime = require("onnxruntime", extra="onnx")
     chunks = [_one_input(chunk) for chunk in calibration_chunks(calibration, nn.Identity(), config.images)]
+    real = feeds(data, Example((chunks[0],))) if data is not None else None
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "float.onnx")
         if isinstance(model, nn.Module):
@@ -197,7 +198,7 @@ def quantise_onnx(
                 images=sum(map(len, chunks)),
                 ranges=config.ranges,
                 agreement=config.agreement,
-                batches=tuple(_comparisons(session, floats, chunks, data, config)),
+                batches=tuple(_comparisons(session, floats, chunks, real, config)),
                 ops=dict(Counter(node.op_type for node in proto.graph.node).most_common()),
             )
             _check_agreement(check, config, outputs=len(session.get_outputs()))
@@ -301,16 +302,15 @@ def _quantise(
 
 
 def _comparisons(
-    session: Any, floats: nn.Module, chunks: list[Tensor], data: Iterable[Any] | None, config: QuantisationConfig
+    session: Any, floats: nn.Module, chunks: list[Tensor], real: Iterable[Tensor] | None, config: QuantisationConfig
 ) -> Iterator[BatchCheck]:
     """Small batches, all calibration images, and the data."""
-    images = Example((chunks[0],))
     for size in config.batch_sizes:
-        yield compare_batch(session, floats, "calibration", with_batch(images, size))
-    seen = compare_on_data(session, floats, chunks, images)
+        yield compare_batch(session, floats, "calibration", with_batch(Example((chunks[0],)), size))
+    seen = compare_on_data(session, floats, chunks)
     yield dataclasses.replace(seen, source="calibration")
-    if data is not None:
-        yield compare_on_data(session, floats, data, images)
+    if real is not None:
+        yield compare_on_data(session, floats, real)
 
 
 def _check_agreement(check: QuantisationCheck, config: QuantisationConfig, *, outputs: int) -> None:

@@ -85,7 +85,10 @@ def test_classes_must_agree_on_real_images(tmp_path: Path, images: Tensor, monke
     [([], "holds no batch"), ([torch.zeros(3, 12, 12)], r"batch 0 holds a tensor of shape \(3, 12, 12\)"),
      (["images"], "batch 0 holds str")],
 )  # fmt: skip
-def test_data_that_do_not_fit_are_refused(data: list[object], told: str, images: Tensor, tmp_path: Path) -> None:
+def test_data_that_do_not_fit_are_refused_before_anything_is_exported(
+    data: list[object], told: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghostify.deployment.onnx_export.onnx_program", lambda *_, **__: pytest.fail("exported"))
     with pytest.raises(InputsError, match=told):
         export_onnx(make_net(), tmp_path / "m.onnx", example_inputs=images, data=data, config=ONE)
     assert not list(tmp_path.iterdir())
