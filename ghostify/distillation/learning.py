@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,14 +130,12 @@ class Learner:
         parts = batch.parts(self.config.accumulate)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            with nullcontext() if last else self.processes.apart(self.wrapped):
+            with self._all_taking_part() if last else self.processes.apart(self.wrapped):
                 loss = self._loss(part)
                 # The gradients of processes are averaged, those of parts added up; examples are to count alike.
                 weight = len(part.inputs) * self.processes.count / everyone if own else 0.0
                 self.scaler.scale(loss if weight == 1 else loss * weight).backward()  # type: ignore[no-untyped-call]
             loss_sum += loss.detach() * (len(part.inputs) if own else 0)
-        if self.processes.count > 1:
-            self._check_all_take_part()
         norm = self._clipped_norm()
         finite = torch.isfinite(loss_sum if self._may_overflow else loss_sum + norm)
         if self.processes.count == 1:
@@ -173,14 +171,34 @@ class Learner:
             )
         return loss
 
-    def _check_all_take_part(self) -> None:
-        """Raise TrainingError where a parameter has no gradient: torch would not average those beside it either."""
-        idle = [name for name, p in self.student.named_parameters() if p.requires_grad and p.grad is None]
-        if idle:
+    @contextmanager
+    def _all_taking_part(self) -> Iterator[None]:
+        """Where processes share gradients every parameter must get one; torch would leave out those beside it, too.
+
+        Raises:
+            TrainingError: One got none in the backward pass inside.
+        """
+        if self.processes.count == 1:
+            yield
+            return
+        missing = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _, name=name: missing.pop(name, None)
+            )
+            for name, parameter in list(missing.items())
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if missing:
+            idle = list(missing)
             raise TrainingError(
-                f"student has {len(idle)} parameters that its answer does not depend on ({', '.join(idle[:3])}"
-                f"{', …' if len(idle) > 3 else ''}), and several processes cannot share gradients then. Call "
-                "requires_grad_(False) on them, or use one process."
+                f"student has {len(idle)} parameters that its answer did not depend on in this step "
+                f"({', '.join(idle[:3])}{', …' if len(idle) > 3 else ''}), and several processes cannot share "
+                "gradients then. Call requires_grad_(False) on those that never take part, or use one process."
             )
 
     @property

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -307,6 +308,25 @@ class WithSpare(nn.Module):
         return self.body(x)
 
 
+class TakesTurns(WithSpare):
+    """A network whose second head takes part in every other call."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        answer = self.body(x)
+        return answer + self.spare(answer) if self.calls % 2 else answer
+
+
+def taking_turns(rank: int) -> None:
+    """With a gradient from the first part, and none in the last one, where processes share what they have."""
+    student = TakesTurns()
+    with pytest.raises(TrainingError, match=r"did not depend on in this step \(spare.weight, spare.bias\)"):
+        distill(student, teacher=network(1), data=batches(), epochs=1, config=replace(FROZEN, accumulate=2))
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in student.parameters())
+
+
 def with_spare(rank: int) -> None:
     student = WithSpare()
     with pytest.raises(TrainingError, match=r"student has 2 parameters .*\(spare.weight, spare.bias\), and several"):
@@ -318,6 +338,7 @@ def with_spare(rank: int) -> None:
 def both(rank: int) -> None:
     refused(rank)
     with_spare(rank)
+    taking_turns(rank)
 
 
 def test_shared_out_data_and_idle_parameters_are_refused_where_processes_are_several() -> None:
