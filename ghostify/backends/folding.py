@@ -99,10 +99,13 @@ def _replacements(
         module = modules.get(site.name)
         if module is None or site.obstacle or has_hooks(module):
             continue
+        follower = followers.get(site.name, Follower())
         norm = modules.get(site.chain.norm) if site.chain is not None and site.chain.norm else None
+        if follower.bare:
+            norm = None
         rest = None if norm is None else _without_norm(norm, dims=len(site.kernel_size))
         if isinstance(module, GhostConv) and can_fold(module):
-            yield from _unit(module, norm, rest, followers.get(site.name, Follower()), modules)
+            yield from _unit(module, norm, rest, follower, modules)
         elif norm is not None and rest is not None and type(module) in (*PLAIN, *_TRANSPOSED):
             yield module, fuse_conv_bn_eval(module, norm, transpose=module.transposed)
             yield norm, rest

@@ -25,7 +25,7 @@ from ghostify.errors import ConversionError
 from ghostify.spec import Decision
 from ghostify.tracing.example import Example
 from ghostify.tracing.execution import last_uses, run_node
-from ghostify.tracing.graph import changes_its_input
+from ghostify.tracing.graph import changes_its_input, is_constant
 
 # Bytes for activations.
 MEMORY = 2**30
@@ -232,8 +232,11 @@ class _Walk:
         teacher, student = self.teacher, self.teacher if alone else self.student
         if node.op in ("placeholder", "get_attr"):
             mine = run_node(node, teacher, example, (), {})
-            theirs = mine if node.op == "placeholder" else run_node(node, student, example, (), {})
-            return mine, (mine if isinstance(mine, Tensor) and torch.equal(mine, theirs) else theirs)
+            theirs = mine if node.op == "placeholder" or is_constant(node) else run_node(node, student, example, (), {})
+            same = mine is theirs or (
+                isinstance(mine, Tensor) and mine.layout is torch.strided and torch.equal(mine, theirs)
+            )
+            return mine, mine if same else theirs
         replaced = not alone and node.op == "call_module" and str(node.target) in self.decisions
         same = not replaced and all(
             pair[0] is pair[1] for pair in (values[argument][index] for argument in node.all_input_nodes)

@@ -21,7 +21,7 @@ from ghostify.reporting.latency import LatencyOptions, measure_latency
 from ghostify.reporting.report import Environment, Latency, ModelNumbers, Report
 from ghostify.spec import Forecast, Plan
 from ghostify.tracing.counting import count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs, require_module, same_shapes, shapes_of
+from ghostify.tracing.example import Example, ExampleInputs, put_back, require_module, same_shapes, shapes_of
 
 _LATENCY_DEFAULTS = LatencyOptions()
 
@@ -210,5 +210,4 @@ def _left_as_found(*models: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, before in held:
                 setattr(module, name, buffer)
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+                put_back(buffer, before)

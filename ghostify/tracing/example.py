@@ -325,8 +325,13 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
             _restore(container, content)
         with torch.no_grad():
             for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                put_back(buffer, value)
+
+
+def put_back(buffer: Tensor, value: Tensor) -> None:
+    """Give a buffer the values that it had; one that has them is not written to."""
+    if buffer.layout is not torch.strided or not torch.equal(buffer, value):  # sparse tensors know no comparison
+        buffer.copy_(value)
 
 
 def _restore(container: Any, content: Any) -> None:

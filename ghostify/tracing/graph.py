@@ -39,8 +39,9 @@ _OTHER_ACTIVATIONS = {
 CHANGES_INPUT = "changes_input"
 # What tracing has: whether a public method of the model, such as timm's forward_features, gives it to whoever calls it.
 HANDED_OUT = "handed_out"
-# And a tensor that the forward makes of nothing, such as the mean that it takes off: the model does not hold it.
+# And what the forward makes of nothing, such as a tensor of means that it takes off: the model does not hold it.
 _CONSTANT = "constant"
+_DERIVED = "derived"
 _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
@@ -54,13 +55,24 @@ _FUNCTION_TARGETS = {
 class _Tracer(fx.Tracer):
     """Keeps convolutions, batch norms and modules without children whole, as one node each, whatever their class."""
 
+    def __init__(self, model: nn.Module, *, buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
+        # Found before: to look at a norm's statistics while FX traces would make nodes that read them.
+        self._norms = {id(module) for module in model.modules() if is_batch_norm(module)}
+        # FX counts on from model to model; here the same model has the same names every time.
+        self._qualname_counter = Counter()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        alone = isinstance(m, _ConvNd) or is_batch_norm(m) or next(m.children(), None) is None
+        alone = isinstance(m, _ConvNd) or id(m) in self._norms or next(m.children(), None) is None
         return alone or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool = False) -> fx.Graph:
     """Trace a model symbolically; it is left as it was.
+
+    Buffers that the forward reads are nodes, as parameters are, so that they stay the model's; but where one decides
+    what the forward does, as a number does, what is made of buffers counts as made of nothing.
 
     Args:
         model: The model.
@@ -76,27 +88,54 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
         for name, parameter in inspect.signature(model.forward).parameters.items()
         if name not in arguments and parameter.default is not inspect.Parameter.empty
     }
-    with unmarked(model), torch.random.fork_rng(devices=[]):
-        for module in model.modules():
-            module.training = training
-        held = set(vars(model))
-        with _noted_results(model):
-            graph = _Tracer().trace(model, concrete_args=defaults or None)
-        for node in graph.nodes:
-            if node.op == "get_attr" and str(node.target) in vars(model).keys() - held:  # FX hangs them on the model
-                node.meta[_CONSTANT] = vars(model)[str(node.target)]
-    return graph
+
+    def traced(*, buffers: bool) -> fx.Graph:
+        with unmarked(model), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            for module in model.modules():
+                module.training = training
+            held = set(vars(model))
+            with _noted_results(model):
+                graph = _Tracer(model, buffers=buffers).trace(model, concrete_args=defaults or None)
+            hung = {name: value for name, value in vars(model).items() if name not in held}
+            _note_constants(graph, hung, buffers=not buffers)
+        return graph
+
+    try:
+        return traced(buffers=True)
+    except Exception:  # whatever FX or the forward raises where a number is asked for
+        return traced(buffers=False)
+
+
+def _note_constants(graph: fx.Graph, hung: Mapping[str, Any], *, buffers: bool) -> None:
+    """Note what FX has hung on the model in the node that reads it: one alone, as a run makes such a tensor once.
+
+    What was made of a parameter has a gradient; ``buffers`` tells whether it may be made of those.
+    """
+    first: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and (name := str(node.target)) in hung:
+            node.meta[_CONSTANT] = hung[name]
+            node.meta[_DERIVED] = buffers or (isinstance(hung[name], Tensor) and hung[name].requires_grad)
+            if first.setdefault(name, node) is not node:
+                node.replace_all_uses_with(first[name])
+                graph.erase_node(node)
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a node reads a tensor that the forward makes of nothing, and makes anew in every run."""
+    return isinstance(node.meta.get(_CONSTANT), Tensor)
+
+
+def is_derived(node: fx.Node) -> bool:
+    """Whether such a tensor may be made of parameters or buffers, whose changes the graph would not see."""
+    return bool(node.meta.get(_DERIVED))
 
 
 def attribute(node: fx.Node, model: nn.Module) -> Any:
     """What of the model a node reads or calls by name; a tensor that the forward makes is made anew, as there."""
-    return node.meta[_CONSTANT].clone() if _CONSTANT in node.meta else operator.attrgetter(str(node.target))(model)
-
-
-def changes_a_constant(graph: fx.Graph, model: nn.Module) -> bool:
-    """Whether a tensor that the forward makes anew in every run is changed in place: a module would keep the change."""
-    made = (node for node in graph.nodes if _CONSTANT in node.meta)
-    return any(changes_its_input(user, model) for node in made for user in node.users)
+    if _CONSTANT in node.meta:
+        return node.meta[_CONSTANT].clone() if is_constant(node) else node.meta[_CONSTANT]
+    return operator.attrgetter(str(node.target))(model)
 
 
 @contextmanager
@@ -178,11 +217,13 @@ class Follower:
             empty if there is none that can be told.
         own: Whether that is a module which is called for nothing else.
         adds: Whether the layer's output is added to something first, as where a residual block ends.
+        bare: Whether the forward reads tensors of the layer's itself, too, and not only what it makes.
     """
 
     activation: str = ""
     own: bool = False
     adds: bool = False
+    bare: bool = False
 
 
 def follower_of(layer: str, graph: fx.Graph, model: nn.Module) -> Follower:
@@ -201,7 +242,7 @@ def follower_of(layer: str, graph: fx.Graph, model: nn.Module) -> Follower:
     name = None if user is None else _activation(user, model)[0]
     kind, _, target = (name or "").partition(":")
     own = kind == "module" and calls_per_module(graph)[target] == 1 and not has_hooks(model.get_submodule(target))
-    return Follower(name or "", own, adds)
+    return Follower(name or "", own, adds, bool(_read_elsewhere(layer, graph)))
 
 
 def _reader(node: fx.Node, model: nn.Module) -> fx.Node | None:

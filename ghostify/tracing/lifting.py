@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ghostify.tracing.graph import attribute, changes_a_constant
+from ghostify.tracing.graph import attribute, is_constant, is_derived, trace_graph
 
 _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d,
@@ -26,8 +27,6 @@ _FUNCTIONS: dict[Any, type[_ConvNd]] = {
 }
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-# Their calls hold the mode of the moment, so in a graph they would stay off in training.
-_MODAL = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.batch_norm}
 
 
 class LiftedModel(fx.GraphModule):
@@ -40,7 +39,9 @@ class LiftedModel(fx.GraphModule):
         return made
 
 
-def lift_functions(model: nn.Module, graph: fx.Graph) -> tuple[LiftedModel, tuple[str, ...]] | None:
+def lift_functions(
+    model: nn.Module, graph: fx.Graph, arguments: Collection[str]
+) -> tuple[LiftedModel, tuple[str, ...]] | None:
     """Make a model in which functional convolutions with a stored weight are modules.
 
     Parameters are shared with the model, and keep their names in the state dict where the function's
@@ -48,17 +49,15 @@ def lift_functions(model: nn.Module, graph: fx.Graph) -> tuple[LiftedModel, tupl
 
     Args:
         model: The model; left untouched.
-        graph: Its FX graph; left untouched.
+        graph: Its FX graph in evaluation mode; left untouched.
+        arguments: What the example gives, as in [trace_graph][ghostify.tracing.graph.trace_graph].
 
     Returns:
-        The new model and the names of its new convolutions; ``None`` if there is nothing to lift, or
-        if a graph would not do in training what the model does.
+        The new model and the names of its new convolutions; ``None`` if there is nothing to lift, or if a
+        graph would not do in training what the model does, or not hold all that the model holds.
     """
     lifted = fx.Graph()
     lifted.output(lifted.graph_copy(graph, {}))
-    modal = any(node.target in _MODAL for node in lifted.nodes if node.op == "call_function")
-    if modal or changes_a_constant(graph, model):
-        return None
     taken = {str(node.target) for node in lifted.nodes if node.op == "call_module"}
     reads = Counter(str(node.target) for node in lifted.nodes if node.op == "get_attr")
     for called in taken:  # what is called reads its own parameters, too
@@ -76,8 +75,12 @@ def lift_functions(model: nn.Module, graph: fx.Graph) -> tuple[LiftedModel, tupl
                 node.replace_all_uses_with(call)
                 for dead in (node, *filter(None, read)):
                     lifted.erase_node(dead)
-    if not made:
+    if not made or any(map(is_derived, graph.nodes)) or not _same_in_training(model, graph, arguments):
         return None
+    for node in list(filter(is_constant, lifted.nodes)):  # made anew in every run: it may be changed there
+        with lifted.inserting_after(node):
+            fresh = lifted.call_method("clone", (node,))
+        node.replace_all_uses_with(fresh, delete_user_cb=lambda user, fresh=fresh: user is not fresh)
     named = {str(node.target): node for node in lifted.nodes if node.op in ("call_module", "get_attr")}
     root = {target: attribute(named[target], model) for target in sorted(named.keys() - made.keys())}
     whole = LiftedModel({**root, **made}, lifted, type(model).__name__)
@@ -86,6 +89,16 @@ def lift_functions(model: nn.Module, graph: fx.Graph) -> tuple[LiftedModel, tupl
         if module not in known:  # what is shared with the model keeps its mode
             module.training = model.training
     return whole, tuple(made)
+
+
+def _same_in_training(model: nn.Module, graph: fx.Graph, arguments: Collection[str]) -> bool:
+    """Whether the forward does the same in training: a graph holds the branches of one mode."""
+    try:
+        training = trace_graph(model, arguments, training=True)
+    except Exception:  # whatever FX or the model's own code raises
+        return False
+    steps = ([(node.op, node.target, str((node.args, node.kwargs))) for node in one.nodes] for one in (graph, training))
+    return next(steps) == next(steps)
 
 
 def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd | None:

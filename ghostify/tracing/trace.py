@@ -96,7 +96,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     calls, unusual, outputs, count = _record(model, convolutions, example)
     arguments = example.names(model)
     graph, note = _graph_or_reason(model, arguments, convolutions, calls, example, outputs)
-    if lift and graph is not None and (lifted := lift_functions(model, graph)) is not None:
+    if lift and graph is not None and (lifted := lift_functions(model, graph, arguments)) is not None:
         facts = trace(lifted[0], example, lift=False)
         if not difference(facts.outputs, outputs):
             unlifted = trace(model, example, lift=False) if convolutions else None
@@ -139,7 +139,7 @@ def lifted_as(model: nn.Module, arguments: Collection[str]) -> tuple[nn.Module, 
         TraceError: There is no such model.
     """
     try:
-        lifted = lift_functions(model, trace_graph(model, arguments))
+        lifted = lift_functions(model, trace_graph(model, arguments), arguments)
     except Exception as error:  # whatever FX or the model's own code raises
         raise TraceError(
             f"FX cannot trace {type(model).__name__}: {type(error).__name__}: {error}. Pass the model that was planned."

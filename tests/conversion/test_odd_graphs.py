@@ -104,30 +104,187 @@ def test_tensors_that_a_forward_makes_belong_to_the_graph(tmp_path, kind):
     assert torch.equal(again(X), small(X))
 
 
-class FillsWhatItMakes(Base):
-    """It adds to a tensor that every run makes anew."""
+class CallsAFunction(Base):
+    """A convolution of its body is called as a function."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)) / 12)
 
     def body(self, x):
-        start = torch.zeros(1, 8, 1, 1)
-        start += x.mean((0, 2, 3), keepdim=True)
-        x = F.relu(self.c0(x + start))
+        x = F.relu(self.c0(x))
         x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=1)))
         return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
 
 
-def test_what_is_made_anew_in_every_run_keeps_nothing_of_the_last_one():
-    model = made(FillsWhatItMakes)
-    facts = trace(model, X)
+class AddsToWhatItMakes(CallsAFunction):
+    def forward(self, x):
+        start = torch.zeros(1, 8, 1, 1)
+        start.add_(x.mean((0, 2, 3), keepdim=True))
+        return self.body(x + start)
+
+
+class AddsToAView(CallsAFunction):
+    def forward(self, x):
+        start = torch.zeros(1, 8, 1, 1).to(x)
+        start.add_(x.mean((0, 2, 3), keepdim=True))
+        return self.body(x + start)
+
+
+class WritesIntoWhatItMakes(CallsAFunction):
+    def forward(self, x):
+        made = torch.zeros_like(X)
+        torch.add(x, 1.0, out=made)
+        return self.body(made)
+
+
+class DropsWhatItMakes(CallsAFunction):
+    """By a module that works in place: only a run of the graph tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5, inplace=True)
+
+    def forward(self, x):
+        return self.body(x * self.drop(torch.ones(1, 8, 1, 1)))
+
+
+@pytest.mark.parametrize("kind", [AddsToWhatItMakes, AddsToAView, WritesIntoWhatItMakes, DropsWhatItMakes])
+def test_what_is_made_anew_in_every_run_keeps_nothing_of_the_last_one(kind):
+    model = made(kind)
+    facts = trace(model, X, lift=False)
     assert run_graph(facts.graph, model, facts.example, facts.outputs) == ""  # once more
     small = converted(model)
     assert small.ghostify_plan.trace_way == "fx"
-    assert not small.ghostify_plan.lifted
+    assert small.ghostify_plan.lifted == ("weight_conv",)
     assert torch.equal(small(X), small(X))
     assert error(small, model) < 0.2
+    again = ghostify.apply(small.ghostify_plan, model, calibration=X)
+    assert torch.equal(again.eval()(X), small(X))
+
+
+def test_what_is_handed_out_may_be_changed():
+    class Tells(CallsAFunction):
+        def forward(self, x):
+            return {"scores": self.body(x), "classes": torch.arange(3.0)}
+
+    small = converted(made(Tells))
+    assert small.ghostify_plan.lifted
+    small(X)["classes"].add_(5)
+    assert small(X)["classes"].tolist() == [0, 1, 2]
+
+
+class TakesOffItsMean(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-1, 1, 8))
+
+    def forward(self, x):
+        return self.body(x - self.mean.view(1, -1, 1, 1))
+
+
+def test_buffers_stay_the_models():
+    model = made(TakesOffItsMean)
+    small = converted(model)
+    assert small.ghostify_plan.lifted
+    before = small(X)
+    assert not small.load_state_dict({"mean": model.mean + 1}, strict=False).unexpected_keys
+    assert not torch.allclose(small(X), before)
+
+
+class ChoosesByABuffer(TakesOffItsMean):
+    """What it computes hangs on a number, so FX has to see that and not a stand-in."""
+
+    def forward(self, x):
+        return super().forward(x if self.mean[0] < 0 else -x)
+
+
+class ScalesByName(CallsAFunction):
+    """FX does not see how it comes to these parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.ParameterDict({"gain": nn.Parameter(torch.ones(8))})
+
+    def forward(self, x):
+        for _, gain in self.gains.named_parameters():
+            x = x * gain.view(1, -1, 1, 1)
+        return self.body(x)
+
+
+class BranchesInTraining(CallsAFunction):
+    def forward(self, x):
+        return self.body(x + torch.randn_like(x) if self.training else x)
+
+
+class DropsInTraining(CallsAFunction):
+    def forward(self, x):
+        return self.body(F.dropout(x, 0.1, self.training))
+
+
+@pytest.mark.parametrize("kind", [ChoosesByABuffer, ScalesByName, BranchesInTraining, DropsInTraining])
+@torch.no_grad()
+def test_nothing_is_lifted_where_a_graph_would_lose_what_the_model_holds_or_does(kind):
+    model = made(kind)
+    small = converted(model)
+    assert small.ghostify_plan.trace_way == "fx"
+    assert not small.ghostify_plan.lifted
+    assert {name for name, _ in model.named_buffers()} <= {name for name, _ in small.named_buffers()}
+    assert {name for name, _ in model.named_parameters() if "c2" not in name} <= dict(small.named_parameters()).keys()
+
+
+class HasSuchAName(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("_tensor_constant0", torch.full((1, 8, 1, 1), 7.0))
+
+    def forward(self, x):
+        return self.body(x - torch.linspace(-1, 1, 8).view(1, 8, 1, 1) + self._tensor_constant0)
+
+
+def test_names_are_the_same_every_time(tmp_path):
+    model = made(HasSuchAName)
+    small = converted(model)
+    assert small.ghostify_plan.lifted
+    assert ghostify.plan(model, example_inputs=X).fingerprint == small.ghostify_plan.fingerprint
+    again = ghostify.load(ghostify.save(small, tmp_path / "small"), base=made(HasSuchAName)).eval()
+    assert torch.equal(again(X), small(X))
+
+
+class MixesClasses(Base):
+    """A sparse tensor is the model's, another is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(16).to_sparse())
+
+    def forward(self, x):
+        x = F.relu(self.c0(x))
+        x = F.relu(x + self.b1(self.c1(x))).mean((2, 3)).t()
+        return self.head(torch.sparse.mm(torch.eye(16).to_sparse(), torch.sparse.mm(self.matrix, x)).t())
+
+
+def test_sparse_tensors_stay_as_they_are():
+    model = made(MixesClasses)
+    assert error(converted(model), model) < 0.2
+
+
+class ReadsItsNorm(Base):
+    """What a norm has learnt is used beside the norm."""
+
+    def forward(self, x):
+        x = F.relu(self.c0(x))
+        x = F.relu(x + F.relu(self.b1(self.c1(x))) + self.b1.running_var.view(1, -1, 1, 1))
+        return self.head(F.relu(x + self.b2(self.c2(x)) * self.b2.weight.view(1, -1, 1, 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("placement", ["linear", "paper"])
+def test_a_norm_that_is_read_beside_its_call_stays(placement):
+    model = made(ReadsItsNorm)
+    small = converted(model, spec=ghostify.GhostSpec(placement=placement))
+    assert small.ghostify_plan.trace_way == "fx"
+    for network in (model, small):
+        torch.testing.assert_close(ghostify.fold(network, example_inputs=X)(X), network(X))
 
 
 class Half(nn.Module):
