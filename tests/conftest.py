@@ -1,9 +1,11 @@
 """The command, run in the test's own process, and what it can be run on."""
 
+import functools
 import sys
 
 import pytest
 import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from ghostify.cli import main
 from ghostify.conversion import convert
@@ -18,6 +20,14 @@ def images():
     batches = [(torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)) for _ in range(2)]
     return Splits(train=batches, val=batches, load_test=lambda: batches, name="images")
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once():
+    """torch reads the sources of all its ONNX operators at every export, which takes most of a small network's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture
