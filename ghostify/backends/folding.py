@@ -100,9 +100,8 @@ def _replacements(
         if module is None or site.obstacle or has_hooks(module):
             continue
         follower = followers.get(site.name, Follower())
-        norm = modules.get(site.chain.norm) if site.chain is not None and site.chain.norm else None
-        if follower.bare:
-            norm = None
+        name = site.chain.norm if site.chain is not None and not follower.bare else None
+        norm = modules.get(name) if name else None
         rest = None if norm is None else _without_norm(norm, dims=len(site.kernel_size))
         if isinstance(module, GhostConv) and can_fold(module):
             yield from _unit(module, norm, rest, follower, modules)

@@ -41,6 +41,7 @@ CHANGES_INPUT = "changes_input"
 HANDED_OUT = "handed_out"
 # And what the forward makes of nothing, such as a tensor of means that it takes off: the model does not hold it.
 _CONSTANT = "constant"
+# Beside it, whether it may be made of what the model does hold.
 _DERIVED = "derived"
 _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
