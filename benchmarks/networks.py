@@ -121,6 +121,6 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     with torch.inference_mode():
         for images, labels in batches:
             scores = model(images.to(device, memory_format=torch.channels_last))
-            right += int((scores.argmax(1).cpu() == labels).sum())
+            right += int((scores.argmax(1) == labels.to(device)).sum())
             total += len(labels)
     return 100 * right / total

@@ -144,19 +144,20 @@ def run(case: Case, options: argparse.Namespace) -> Row:
     folder: Path = options.out / str(case)
     on = begun(case, folder, options.threads)
     data = ghostify.load_data(
-        f"parquet:{options.data}", DataOptions(seed=case.seed, batch_size=case.batch, val_size=options.val)
+        f"parquet:{options.data}",
+        DataOptions(seed=case.seed, batch_size=case.batch, val_size=options.val, device=options.device),
     )
     # A network in training needs a teacher as well, though that one's answers count for nothing.
     teacher = weights_of("resnet20" if case.method == "teacher" and case.epochs else case.network, options)
+    teacher.to(options.device)
     images = data.train.sample(case.images)  # type: ignore[attr-defined]
 
     clock = time.perf_counter()
-    student = METHODS[case.method](case, teacher, images)
+    student = METHODS[case.method](case, teacher, images).to(options.device)
     row: Row = {**asdict(case), "start_seconds": time.perf_counter() - clock}
     row |= {"params": count_params(student), "macs": count_macs(student, images[:1]).macs}
-    student.to(options.device)
     if case.epochs:
-        row |= trained(case, student, teacher.to(options.device), data, folder)
+        row |= trained(case, student, teacher, data, folder)
     row |= {"test": accuracy(student.eval(), data.test)}
     row |= {"hardware": hardware(options.device, options.threads), "on": on}
     if case.method == "teacher" and case.epochs:

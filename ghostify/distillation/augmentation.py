@@ -78,12 +78,12 @@ def augmented(images: Tensor, augment: Augment, draws: Draws) -> Tensor:
     device = images.device
     if augment.padding:
         shifts = 2 * augment.padding + 1
-        top, left = (draws.changes[:, :2] * shifts).long().T.to(device)
+        top, left = (draws.changes[:, :2] * shifts).long().T.to(device, non_blocking=True)
         padded = F.pad(images, (augment.padding,) * 4)
         windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view (n, c, shifts, shifts, h, w)
         images = windows[torch.arange(count, device=device), :, top, left]
     if augment.flip:
-        mirrored = (draws.changes[:, 2] < 0.5).to(device)
+        mirrored = (draws.changes[:, 2] < 0.5).to(device, non_blocking=True)
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
     return images
 

@@ -17,6 +17,7 @@ from ghostify.errors import OptionError
 SCHEDULES = ("one-cycle", "cosine")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class DistillConfig:
         ema: Decay of a moving average of the weights, above 0 and below 1, or ``None`` for none.
         cache_teacher: Ask the teacher once about every example and keep its answers, for data that are the same in
             every epoch: without augmentation.
-        compile: Compile both networks with ``torch.compile``.
+        compile: Compile both networks with ``torch.compile``: ``True``, or its mode. ``"reduce-overhead"`` records
+            CUDA graphs: for networks so small that a GPU waits for Python.
         patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
         accumulate: Compute a batch in so many parts, for one that is too large for the memory. What is learned is
             the same, but for what looks at several rows at once, and sees one part at a time: batch norms, the loss
@@ -78,7 +80,7 @@ class DistillConfig:
     mixup: float = 0.0
     ema: float | None = None
     cache_teacher: bool = False
-    compile: bool = False
+    compile: bool | str = False
     patience: int | None = None
     accumulate: int = 1
     freeze_norms: bool = False
@@ -109,9 +111,11 @@ class DistillConfig:
         _number("mixup", self.mixup, least=0.0)
         if self.ema is not None:
             _number("ema", self.ema, above=0.0, below=1.0)
-        for name in ("cache_teacher", "compile", "freeze_norms", "sync_norms", "tensorboard"):
+        for name in ("cache_teacher", "freeze_norms", "sync_norms", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if not isinstance(self.compile, bool):
+            _one_of("compile", self.compile, COMPILE_MODES, otherwise=", True or False")
         if self.patience is not None:
             _whole("patience", self.patience, least=1)
         _whole("accumulate", self.accumulate, least=1)

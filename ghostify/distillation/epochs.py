@@ -119,9 +119,8 @@ class EpochBatches(ABC):
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Map bytes ``(n, c, h, w)`` to float32 of the data set's mean 0 and deviation 1."""
-        scale = 1 / (255 * torch.tensor(self.std, device=pixels.device))
-        shift = -torch.tensor(self.mean, device=pixels.device) / torch.tensor(self.std, device=pixels.device)
-        return pixels.float().mul_(scale.view(1, -1, 1, 1)).add_(shift.view(1, -1, 1, 1))
+        mean, std = torch.tensor([self.mean, self.std]).to(pixels.device, non_blocking=True).view(2, 1, -1, 1, 1)
+        return pixels.float().mul_(1 / (255 * std)).add_(-mean / std)
 
     @abstractmethod
     def sample(self, count: int) -> Tensor:

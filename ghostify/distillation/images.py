@@ -88,7 +88,7 @@ class ImageBatches(EpochBatches):
         order = torch.randperm(self.total, generator=self._generator()) if self.shuffle else torch.arange(self.total)
         batches = torch.split(order, self.batch_size)
         for step in self._steps():
-            rows = batches[step][self._own(len(batches[step]))].to(self.images.device)
+            rows = batches[step][self._own(len(batches[step]))].to(self.images.device, non_blocking=True)
             batch = self._finished(self.images[rows], self._draws(step))
             yield batch if self.labels is None else (batch, self.labels[rows])
 

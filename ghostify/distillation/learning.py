@@ -82,8 +82,12 @@ class Learner:
                 f"freeze_norms=True: student ({type(student).__name__}) has no batch norm that could be left as it is. "
                 "Pass freeze_norms=False."
             )
-        self.forward: Callable[[Tensor], Any] = torch.compile(self.wrapped) if config.compile else self.wrapped
-        self.teacher: Callable[[Tensor], Any] = answers or (torch.compile(teacher) if config.compile else teacher)
+        self.forward: Callable[[Tensor], Any] = self._compiled(self.wrapped)
+        self.teacher: Callable[[Tensor], Any] = answers or self._compiled(teacher)
+
+    def _compiled(self, model: nn.Module) -> Callable[[Tensor], Any]:
+        mode = self.config.compile
+        return torch.compile(model, mode=None if mode is True else mode) if mode else model
 
     @property
     def kept(self) -> nn.Module:

@@ -296,7 +296,8 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
     A forward may count its calls in a buffer, keep its last input as an attribute, or put what it
     computes into a dictionary. Attributes (the training flags among them), what lists, sets and
     dictionaries in them hold, and buffers are as found afterwards, also after an error. Not so what
-    is nested deeper, a tensor that is no buffer, and a weight that the forward itself changes.
+    is nested deeper, a tensor that is no buffer, and a weight that the forward itself changes. What
+    is computed meanwhile is computed in [full precision][ghostify.tracing.example.full_precision].
 
     Args:
         model: The model.
@@ -314,7 +315,7 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
     buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]
     try:
-        with evaluating(model):
+        with evaluating(model), full_precision():
             yield
     finally:
         for module, found in attributes:
@@ -326,6 +327,24 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
         with torch.no_grad():
             for buffer, value in values:
                 put_back(buffer, value)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let a GPU multiply float32 as float32.
+
+    By default its convolutions round what they multiply to TF32, ten bits. Then two ways to compute the same would
+    seem to differ, and what the old weights are worth to be less than it is.
+    """
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def put_back(buffer: Tensor, value: Tensor) -> None:
