@@ -6,7 +6,8 @@
 A network of CIFAR-10 teaches its Ghost version (ratio 2, started from the weights) for so many steps: knowledge
 distillation at T = 4, SGD with Nesterov momentum, one-cycle learning rates, gradients clipped, inputs in channels_last,
 one precision. All loops get copies of the same two models and the same augmented batches; making these counts, and
-validation is in none. torchdistill gets the batches as they are, without its loaders of single images. Rounds go
+validation is in none. On a GPU ghostify's loop runs once more with CUDA graphs, which each round records anew.
+torchdistill gets the batches as they are, without its loaders of single images. Rounds go
 through the loops in turn, every second one backwards, and the mean loss shows that all did the same work, but for one
 thing: torchdistill's settings cannot spare norms and biases the weight decay. The share of peak is that of the
 multiply-accumulates of a product of large matrices on the same device, in the same precision.
@@ -65,6 +66,8 @@ class Work:
         """A teacher, and a student in training mode, for one round."""
         teacher, student = copy.deepcopy(self.teacher), copy.deepcopy(self.student)
         images, _ = next(iter(self.batches))
+        if images.is_cuda:
+            teacher.to(memory_format=torch.channels_last), student.to(memory_format=torch.channels_last)
         with torch.no_grad(), self.autocast():  # as `distill` does before it begins: no loop starts colder than another
             teacher.eval()(images), student.eval()(images)
         return teacher, student.train()
@@ -123,11 +126,16 @@ def by_hand(work: Work) -> Speed:
     return timed(work.batches, step)
 
 
-def by_ghostify(work: Work) -> Speed:
+def by_ghostify(work: Work, *, cuda_graphs: bool = False) -> Speed:
     """The training alone, as the run's history tells it."""
     teacher, student = work.copies()
     config = ghostify.DistillConfig(
-        lr=RATE, temperature=TEMPERATURE, clip_norm=CLIP, precision=work.precision, progress=False
+        lr=RATE,
+        temperature=TEMPERATURE,
+        clip_norm=CLIP,
+        precision=work.precision,
+        progress=False,
+        cuda_graphs=cuda_graphs,
     )
     run = ghostify.distill(student, teacher=teacher, data=work.batches, epochs=1, config=config)
     return run.history[0].images_per_second or 0.0, run.history[0].loss or 0.0
@@ -169,6 +177,7 @@ def by_torchdistill(work: Work) -> Speed:
 LOOPS: dict[str, Callable[[Work], Speed]] = {
     "by hand": by_hand,
     "ghostify": by_ghostify,
+    "ghostify, CUDA graphs": partial(by_ghostify, cuda_graphs=True),
     "torchdistill": by_torchdistill,
 }
 
@@ -275,6 +284,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")  # that torchvision's compiled operators, which nothing here uses, do not fit
     loops = [name for name in LOOPS if name != "torchdistill" or importlib.util.find_spec("torchdistill")]
+    if options.device == "cpu":
+        loops.remove("ghostify, CUDA graphs")
     work = prepared(options)
     found = measured(work, loops, options.rounds)
     headers = ["loop", "images/s", "quartiles", "fastest", "÷ by hand", "quartiles", "mean loss"]

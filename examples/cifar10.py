@@ -174,6 +174,7 @@ def trained(case: Case, student: nn.Module, teacher: nn.Module, data: Splits, fo
         warmup=case.warmup,
         hard_weight=float(case.method in BY_LABELS),
         seed=case.seed,
+        cuda_graphs=next(student.parameters()).is_cuda,
     )
     done = ghostify.distill(
         student,

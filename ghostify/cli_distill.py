@@ -57,6 +57,7 @@ def distill_command(
         bool, typer.Option("--cache-teacher", help="ask the teacher once about every image; none is augmented then")
     ] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="compile both networks")] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="record and replay both networks")] = False,
     freeze_norms: Annotated[
         bool, typer.Option("--freeze-norms", help="leave batch norms' statistics as they are")
     ] = False,
@@ -97,6 +98,7 @@ def distill_command(
         precision=precision,
         cache_teacher=cache_teacher,
         compile=compiled,
+        cuda_graphs=cuda_graphs,
         freeze_norms=freeze_norms,
         sync_norms=sync_norms,
         state_every=state_every,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghostify.errors import InputsError
 
@@ -95,6 +96,28 @@ class Reader:
         if self.channels_last and inputs.dim() == 4:
             return inputs.to(self.device, dtype, non_blocking=True, memory_format=torch.channels_last)
         return inputs.to(self.device, dtype, non_blocking=True)
+
+
+@contextmanager
+def laid_out(*models: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Lay out weights in memory as the images are, channels last; afterwards as they were.
+
+    A GPU would do so at every step for itself, at half the time of a small network's.
+
+    Args:
+        models: Changed in place, their values are not.
+        wanted: Whether to do so.
+    """
+    parameters = [p for model in models for p in model.parameters() if p.dim() == 4 and p.is_contiguous()]
+    if not wanted:
+        parameters = []
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.data = parameter.data.contiguous()
 
 
 def check_labels(labels: Tensor, logits: Tensor, name: str) -> None:

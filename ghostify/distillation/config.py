@@ -17,7 +17,6 @@ from ghostify.errors import OptionError
 SCHEDULES = ("one-cycle", "cosine")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,9 @@ class DistillConfig:
         ema: Decay of a moving average of the weights, above 0 and below 1, or ``None`` for none.
         cache_teacher: Ask the teacher once about every example and keep its answers, for data that are the same in
             every epoch: without augmentation.
-        compile: Compile both networks with ``torch.compile``: ``True``, or its mode. ``"reduce-overhead"`` records
-            CUDA graphs: for networks so small that a GPU waits for Python.
+        compile: Compile both networks with ``torch.compile``.
+        cuda_graphs: Record what a GPU does for both networks once, and replay it: for networks so small that it would
+            wait for Python. Batches of another size than the first run as ever.
         patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
         accumulate: Compute a batch in so many parts, for one that is too large for the memory. What is learned is
             the same, but for what looks at several rows at once, and sees one part at a time: batch norms, the loss
@@ -80,7 +80,8 @@ class DistillConfig:
     mixup: float = 0.0
     ema: float | None = None
     cache_teacher: bool = False
-    compile: bool | str = False
+    compile: bool = False
+    cuda_graphs: bool = False
     patience: int | None = None
     accumulate: int = 1
     freeze_norms: bool = False
@@ -111,11 +112,9 @@ class DistillConfig:
         _number("mixup", self.mixup, least=0.0)
         if self.ema is not None:
             _number("ema", self.ema, above=0.0, below=1.0)
-        for name in ("cache_teacher", "freeze_norms", "sync_norms", "tensorboard"):
+        for name in ("cache_teacher", "compile", "cuda_graphs", "freeze_norms", "sync_norms", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}={getattr(self, name)!r} must be True or False.")
-        if not isinstance(self.compile, bool):
-            _one_of("compile", self.compile, COMPILE_MODES, otherwise=", True or False")
         if self.patience is not None:
             _whole("patience", self.patience, least=1)
         _whole("accumulate", self.accumulate, least=1)
@@ -128,6 +127,12 @@ class DistillConfig:
         if self.freeze_norms and self.sync_norms:
             raise OptionError(
                 "freeze_norms=True with sync_norms=True: norms that are frozen see no rows. Leave one out."
+            )
+        if self.cuda_graphs and (self.compile or self.features):
+            other = "compile=True" if self.compile else f"features={self.features!r}"
+            raise OptionError(
+                f"cuda_graphs=True with {other}: what is replayed is neither compiled nor tells its layers' maps. "
+                "Leave one out."
             )
         if self.cache_teacher and (self.mixup or self.features):
             other = f"mixup={self.mixup}" if self.mixup else f"features={self.features!r}"

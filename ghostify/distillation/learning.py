@@ -21,6 +21,7 @@ from ghostify.distillation.mixing import mixed
 from ghostify.distillation.optimisation import build_optimizer
 from ghostify.distillation.preflight import explained
 from ghostify.distillation.processes import Item, Processes
+from ghostify.distillation.recording import Recorded, check_recording
 from ghostify.errors import InputsError, OptionError, TrainingError
 
 
@@ -65,6 +66,7 @@ class Learner:
         answers: KnownAnswers | None,
     ) -> None:
         self.student, self.config, self.processes, self.reader, self.taps = student, config, processes, reader, taps
+        check_recording(config, processes, reader.device)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(student, config)
         self.optimizer.zero_grad()
@@ -82,12 +84,14 @@ class Learner:
                 f"freeze_norms=True: student ({type(student).__name__}) has no batch norm that could be left as it is. "
                 "Pass freeze_norms=False."
             )
-        self.forward: Callable[[Tensor], Any] = self._compiled(self.wrapped)
-        self.teacher: Callable[[Tensor], Any] = answers or self._compiled(teacher)
+        self.forward: Callable[[Tensor], Any] = self._prepared(self.wrapped)
+        self.teacher: Callable[[Tensor], Any] = answers or self._prepared(teacher)
 
-    def _compiled(self, model: nn.Module) -> Callable[[Tensor], Any]:
-        mode = self.config.compile
-        return torch.compile(model, mode=None if mode is True else mode) if mode else model
+    def _prepared(self, model: nn.Module) -> Callable[[Tensor], Any]:
+        """What is called in a network's place."""
+        if self.config.cuda_graphs:
+            return Recorded(model)
+        return torch.compile(model) if self.config.compile else model
 
     @property
     def kept(self) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ghostify.backends.memory import retained_memory
 from ghostify.distillation.answers import KnownAnswers
-from ghostify.distillation.batches import Reader, count_batches
+from ghostify.distillation.batches import Reader, count_batches, laid_out
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.features import FeatureTaps
 from ghostify.distillation.history import Run
@@ -123,6 +123,7 @@ def distill(
         stack.enter_context(synchronised_norms(student, wanted=config.sync_norms, device=device))
         stack.enter_context(evaluating(student, teacher))  # also gives the flags back at the end
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(laid_out(student, teacher, wanted=reader.channels_last and device.type == "cuda"))
         taps = stack.enter_context(FeatureTaps(student, teacher, config.features)) if config.features else None
         show = stack.enter_context(
             progress_bar(config.progress if processes.is_main else False, epochs, epochs * steps_per_epoch)

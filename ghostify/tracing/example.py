@@ -336,7 +336,7 @@ def full_precision() -> Iterator[None]:
     By default its convolutions round what they multiply to TF32, ten bits. Then two ways to compute the same would
     seem to differ, and what the old weights are worth to be less than it is.
     """
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:

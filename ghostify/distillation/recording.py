@@ -1,0 +1,92 @@
+"""CUDA graphs: what a GPU does for a network is recorded once and replayed, without Python in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.distillation.config import DistillConfig
+from ghostify.distillation.processes import Processes
+from ghostify.errors import OptionError
+
+
+def check_recording(config: DistillConfig, processes: Processes, device: torch.device) -> None:
+    """See that recording, if it is asked for, can be done.
+
+    Raises:
+        OptionError: It cannot.
+    """
+    if not config.cuda_graphs:
+        return
+    if device.type != "cuda":
+        raise OptionError(
+            f"cuda_graphs=True: student is on {device}, and GPUs alone have such. Pass cuda_graphs=False."
+        )
+    if processes.count > 1:
+        raise OptionError(
+            f"cuda_graphs=True with {processes.count} processes, whose gradients are shared while they are computed. "
+            "Pass cuda_graphs=False."
+        )
+
+
+class Recorded:
+    """Calls a network in the mode that it is first called in, forward and backward as CUDA graphs.
+
+    The first call records. Later ones replay that for inputs of the same shape, and call the network for others.
+
+    Args:
+        network: On a GPU. Its parameters and buffers must stay where they are in memory.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.shape: torch.Size | None = None
+        self.replay: Callable[[Tensor], Any] = network
+
+    def __call__(self, inputs: Tensor) -> Any:
+        """What the network makes of a batch.
+
+        Raises:
+            OptionError: What the network does cannot be recorded.
+        """
+        if self.shape is None:
+            self.shape, self.replay = inputs.shape, _recorded(self.network, inputs)
+        return self.replay(inputs) if inputs.shape == self.shape else self.network(inputs)
+
+
+class _Inside(nn.Module):
+    """A home for a network, because torch changes the module that it records."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.network(inputs)
+
+
+def _recorded(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any]:
+    # Recording runs the network several times: neither its norms nor the random numbers are to show it.
+    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a weight in half precision would be one of another step
+    try:
+        with torch.random.fork_rng(devices=[inputs.device]):
+            replay: Callable[[Tensor], Any] = torch.cuda.make_graphed_callables(
+                _Inside(network), (inputs.clone(),), allow_unused_input=True
+            )
+    except RuntimeError as error:
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise OptionError(
+            f"cuda_graphs=True: what {type(network).__name__} does cannot be recorded ({first_line}). "
+            "Pass cuda_graphs=False."
+        ) from error
+    finally:
+        torch.set_autocast_cache_enabled(caching)
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+    return replay
