@@ -142,7 +142,7 @@ BY_LABELS = ("teacher", "labels")
 def run(case: Case, options: argparse.Namespace) -> Row:
     """Make a student, train it, score it; go on where the same run was stopped."""
     folder: Path = options.out / str(case)
-    on = begun(case, folder, options.threads)
+    on, machines = begun(case, folder, options)
     data = ghostify.load_data(
         f"parquet:{options.data}",
         DataOptions(seed=case.seed, batch_size=case.batch, val_size=options.val, device=options.device),
@@ -159,7 +159,7 @@ def run(case: Case, options: argparse.Namespace) -> Row:
     if case.epochs:
         row |= trained(case, student, teacher, data, folder)
     row |= {"test": accuracy(student.eval(), data.test)}
-    row |= {"hardware": hardware(options.device, options.threads), "on": on}
+    row |= {"hardware": machines, "on": on}
     if case.method == "teacher" and case.epochs:
         write_weights(weights_file(options.out, case.network), snapshot(student))
     write(folder / "row.json", row)
@@ -174,7 +174,8 @@ def trained(case: Case, student: nn.Module, teacher: nn.Module, data: Splits, fo
         warmup=case.warmup,
         hard_weight=float(case.method in BY_LABELS),
         seed=case.seed,
-        cuda_graphs=next(student.parameters()).is_cuda,
+        # what torch-pruning leaves cannot be recorded
+        cuda_graphs=next(student.parameters()).is_cuda and case.method != "pruned",
     )
     done = ghostify.distill(
         student,
@@ -211,16 +212,20 @@ def weights_of(network: str, options: argparse.Namespace) -> nn.Module:
     raise SystemExit(f"{weights_file(options.weights, network)} is not there. Train it: --method teacher")
 
 
-def begun(case: Case, folder: Path, threads: int) -> str:
-    """Note what a run is, when it begins and whenever it goes on, and refuse another one's folder."""
-    file, now = folder / "case.json", {"case": asdict(case), "on": [measured_on(threads)]}
+def begun(case: Case, folder: Path, options: argparse.Namespace) -> tuple[str, str]:
+    """Note what a run is and what on, when it begins and whenever it goes on, and refuse another one's folder."""
+    places = {
+        "on": measured_on(options.threads),
+        "hardware": hardware(options.device, options.threads),
+    }
+    file, now = folder / "case.json", {"case": asdict(case)} | {name: [place] for name, place in places.items()}
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before["case"] != now["case"]:
             raise SystemExit(f"{folder} holds a run with other settings, see case.json in it. Pass another --out.")
-        now["on"] = list(dict.fromkeys([*before["on"], *now["on"]]))
+        now |= {name: list(dict.fromkeys([*before.get(name, []), place])) for name, place in places.items()}
     write(file, now)
-    return "; ".join(now["on"])
+    return "; ".join(now["on"]), "; ".join(now["hardware"])
 
 
 def write(file: Path, content: Any) -> None:

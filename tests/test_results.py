@@ -1,5 +1,6 @@
 """The controls of examples/cifar10.py, and the page that it makes."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -119,7 +120,16 @@ def test_a_teacher_is_trained_where_it_has_no_weights(monkeypatch, tmp_path):
 
 def test_the_folder_of_another_run_is_refused(monkeypatch, tmp_path):
     case = cifar10.Case("resnet20", "ghost", 2.0, "concat", 30, 1024, 0, "mse", 0.05, 0.1, 128)
-    cifar10.begun(case, tmp_path, 1)
-    cifar10.begun(case, tmp_path, 1)  # goes on
+    options = argparse.Namespace(threads=1, device="cpu")
+    cifar10.begun(case, tmp_path, options)
+    cifar10.begun(case, tmp_path, options)  # goes on
     with pytest.raises(SystemExit, match="other settings"):
-        cifar10.begun(cifar10.replace(case, images=512), tmp_path, 1)
+        cifar10.begun(cifar10.replace(case, images=512), tmp_path, options)
+
+
+def test_a_run_that_goes_on_elsewhere_tells_of_both_machines(tmp_path):
+    case = cifar10.Case("resnet20", "ghost", 2.0, "concat", 30, 1024, 0, "mse", 0.05, 0.1, 128)
+    for threads in (1, 2, 1):
+        on, machines = cifar10.begun(case, tmp_path, argparse.Namespace(threads=threads, device="cpu"))
+    assert machines == f"{hardware('cpu', 1)}; {hardware('cpu', 2)}"
+    assert on.count("ghostify") == 2

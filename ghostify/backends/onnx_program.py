@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
 
 from ghostify.errors import ExportError
-from ghostify.tracing.example import Example, evaluating
+from ghostify.tracing.example import Example
+from ghostify.tracing.running import evaluating, own_random_state
 
 # Names of the dynamic sides of a map, by the number of its dimensions.
 SIDES = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
@@ -56,7 +57,7 @@ def onnx_program(
 
     by_parameter = inspect.signature(plain.forward).bind(*traced.args, **traced.kwargs).arguments
     try:
-        with evaluating(plain), torch.no_grad(), torch.random.fork_rng(devices=[]), _quiet():
+        with evaluating(plain), torch.no_grad(), own_random_state(plain), _quiet():
             returned = plain(*traced.args, **traced.kwargs)
             _check_returned(returned, name)
             names = list(named_outputs(returned))

@@ -71,7 +71,7 @@ def estimate_norms(model: nn.Module, calibration: Calibration, *, images: int = 
             stacklevel=2,
         )
     totals: dict[str, list[Tensor]] = {}
-    with unmarked(model), torch.no_grad(), torch.random.fork_rng(devices=[]):  # also takes the hooks off
+    with unmarked(model), torch.no_grad():  # also takes the hooks off
         torch.manual_seed(0)  # for a model that draws random numbers
         for name, norm in norms.items():
             norm.training, norm.momentum = True, 1.0  # it holds the statistics of the last batch alone

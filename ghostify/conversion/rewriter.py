@@ -41,6 +41,7 @@ from ghostify.tracing import (
     is_site,
     lifted_as,
     on_meta,
+    own_random_state,
     unmarked,
     unwrapped,
 )
@@ -264,7 +265,7 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
         inside = decision.spec.placement == "paper" and chain is not None
         norm = model.get_submodule(chain.norm) if inside and chain is not None and chain.norm else None
         activation = _activation(chain.activation, model) if inside and chain is not None else None
-        with torch.random.fork_rng(devices=[]):
+        with own_random_state(model):
             torch.manual_seed(seed + len(memo))
             memo[id(conv)] = GhostConv.from_conv(conv, decision.spec, norm=norm, activation=activation)
         if norm is not None:

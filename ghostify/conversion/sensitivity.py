@@ -63,7 +63,7 @@ def channel_metrics(
 
         handles.append(model.get_submodule(decision.site.name).register_forward_hook(keep))
     try:
-        with unmarked(model), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with unmarked(model), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(0)  # for a model that draws random numbers
             numbers = sum(math.prod(call.output_shape) * call.rows for made in plan for call in made.site.calls)
             images = min(_IMAGES, max(_FEWEST_IMAGES, int(_NUMBERS / max(1, numbers))))

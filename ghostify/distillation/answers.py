@@ -13,7 +13,7 @@ from ghostify.distillation.batches import Reader
 from ghostify.distillation.preflight import explained
 from ghostify.distillation.splits import MEMORY_LIMIT
 from ghostify.errors import InputsError, OptionError
-from ghostify.tracing.example import evaluating
+from ghostify.tracing.running import evaluating
 
 
 class KnownAnswers:

@@ -13,7 +13,7 @@ from ghostify.distillation.history import Scores
 from ghostify.distillation.learning import Learner
 from ghostify.distillation.processes import Item
 from ghostify.errors import NonFiniteLossError
-from ghostify.tracing.example import evaluating
+from ghostify.tracing.running import evaluating
 
 
 def is_healthy(learner: Learner, scores: Scores | None, batch: Batch) -> bool:

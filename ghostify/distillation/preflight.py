@@ -15,7 +15,8 @@ from ghostify.distillation.batches import Batch, Reader, check_labels
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.history import Scores
 from ghostify.errors import InputsError, OptionError, TrainingError
-from ghostify.tracing.example import evaluating, require_module
+from ghostify.tracing.example import require_module
+from ghostify.tracing.running import evaluating
 
 # Labels from which on a teacher that does no better than a guess is no accident.
 _ENOUGH_LABELS = 200
@@ -205,6 +206,8 @@ def explained(role: str, inputs: Tensor, name: str) -> Iterator[None]:
     """
     try:
         yield
+    except OptionError:  # not the model's
+        raise
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TrainingError(

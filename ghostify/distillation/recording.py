@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.processes import Processes
 from ghostify.errors import OptionError
+from ghostify.tracing.running import own_random_state
 
 
 def check_recording(config: DistillConfig, processes: Processes, device: torch.device) -> None:
@@ -74,7 +75,7 @@ def _recorded(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any]:
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a weight in half precision would be one of another step
     try:
-        with torch.random.fork_rng(devices=[inputs.device]):
+        with own_random_state(network):
             replay: Callable[[Tensor], Any] = torch.cuda.make_graphed_callables(
                 _Inside(network), (inputs.clone(),), allow_unused_input=True
             )

@@ -27,8 +27,9 @@ from ghostify.files import atomic_file
 log = logging.getLogger(__name__)
 
 _KEPT = 2
-# Settings that may be others when a run goes on, which is told: what is tried where it diverged.
-CALMING = ("lr", "clip_norm", "precision")
+# Settings that may be others when a run goes on, which is told: what is tried where it diverged, and what not every
+# machine has.
+_MAY_CHANGE = ("lr", "clip_norm", "precision", "cuda_graphs")
 _VERSION = 1
 
 
@@ -139,7 +140,7 @@ def read_state(folder: Path, made_by: dict[str, Any]) -> tuple[Progress, dict[st
             continue
         then, now = _flat(header["made_by"]), _flat(json.loads(json.dumps(made_by)))
         for name in [name for name in {**now, **then} if now.get(name) != then.get(name)]:
-            if name in CALMING:
+            if name in _MAY_CHANGE:
                 log.warning("from here on %s=%r; the run was begun with %r", name, now[name], then[name])
                 continue
             raise OptionError(

@@ -29,7 +29,7 @@ from ghostify.distillation.randomness import preserved_random_state
 from ghostify.distillation.resuming import States, find_state
 from ghostify.distillation.stopping import watched_signals
 from ghostify.errors import OptionError
-from ghostify.tracing.example import evaluating
+from ghostify.tracing.running import evaluating
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ghostify.distillation.history import Scores
 from ghostify.distillation.processes import Processes
 from ghostify.distillation.stopping import Stop
 from ghostify.errors import InputsError, NonFiniteLossError
-from ghostify.tracing.example import evaluating
+from ghostify.tracing.running import evaluating
 
 
 def validate(

@@ -83,7 +83,7 @@ def site_moments(
             for site in group
         ]
         try:
-            with unmarked(facts.model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with unmarked(facts.model), torch.no_grad():
                 torch.manual_seed(seed)
                 for chunk in chunks:
                     fresh = chunk.copied()

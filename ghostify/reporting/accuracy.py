@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ghostify.distillation.batches import check_labels
 from ghostify.errors import InputsError
 from ghostify.reporting.report import Accuracy, Pair
-from ghostify.tracing.example import Example, evaluating
+from ghostify.tracing.example import Example
+from ghostify.tracing.running import evaluating
 
 
 class NoClassScores(Exception):  # noqa: N818 - not an error: a model may well have other outputs

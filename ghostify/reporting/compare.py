@@ -21,7 +21,8 @@ from ghostify.reporting.latency import LatencyOptions, measure_latency
 from ghostify.reporting.report import Environment, Latency, ModelNumbers, Report
 from ghostify.spec import Forecast, Plan
 from ghostify.tracing.counting import count_macs, count_params, state_bytes
-from ghostify.tracing.example import Example, ExampleInputs, put_back, require_module, same_shapes, shapes_of
+from ghostify.tracing.example import Example, ExampleInputs, require_module, same_shapes, shapes_of
+from ghostify.tracing.running import own_random_state, put_back
 
 _LATENCY_DEFAULTS = LatencyOptions()
 
@@ -202,9 +203,8 @@ def _left_as_found(*models: nn.Module) -> Iterator[None]:
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
-    cuda = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=cuda):
+        with own_random_state(*models):
             yield
     finally:
         with torch.no_grad():

@@ -16,7 +16,8 @@ from ghostify.backends.runners import Backend, device_name, device_of, running, 
 from ghostify.backends.timing import Effort, has_own_clock, interleaved
 from ghostify.errors import InputsError, OptionError
 from ghostify.reporting.report import Latency, Timing
-from ghostify.tracing.example import Example, ExampleInputs, evaluating
+from ghostify.tracing.example import Example, ExampleInputs
+from ghostify.tracing.running import evaluating
 
 _FEWEST_PAIRS = 5  # quartiles of fewer say nothing
 _CPU = torch.device("cpu")

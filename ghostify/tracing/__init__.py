@@ -6,14 +6,13 @@ from ghostify.tracing.example import (
     ExampleInputs,
     copier_memo,
     difference,
-    evaluating,
     on_meta,
     same_shapes,
     shapes_of,
     tensors_in,
-    unmarked,
     unwrapped,
 )
+from ghostify.tracing.running import evaluating, own_random_state, unmarked
 from ghostify.tracing.sites import fingerprint, is_site
 from ghostify.tracing.streams import Streams
 from ghostify.tracing.trace import Trace, lifted_as, trace
@@ -33,6 +32,7 @@ __all__ = [
     "is_site",
     "lifted_as",
     "on_meta",
+    "own_random_state",
     "same_shapes",
     "shapes_of",
     "state_bytes",

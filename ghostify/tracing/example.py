@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import reprlib
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghostify.errors import InputsError, TraceError
+from ghostify.tracing.running import unmarked
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -142,7 +141,7 @@ class Example:
             TraceError: The model's forward raised.
         """
         moved = self.to(model).copied()
-        with unmarked(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with unmarked(model), torch.no_grad():
             torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
             try:
                 # A GraphModule's own call prints a traceback beside the error that it raises.
@@ -266,19 +265,6 @@ def on_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode; the ``training`` flag of every module is restored, also after an error."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in flags:
-            module.training = False  # not .eval(): a model may override it, and freeze or print something
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 def copier_memo(model: nn.Module) -> dict[int, object]:
     """A memo for ``copy.deepcopy`` of a model that keeps tensors with a history, which torch refuses to copy.
 
@@ -287,82 +273,3 @@ def copier_memo(model: nn.Module) -> dict[int, object]:
     """
     leaves = (leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor))
     return {id(tensor): tensor.detach().clone() for tensor in leaves if not tensor.is_leaf}
-
-
-@contextmanager
-def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Put a model into evaluation mode, and undo afterwards whatever its forward left on it.
-
-    A forward may count its calls in a buffer, keep its last input as an attribute, or put what it
-    computes into a dictionary. Attributes (the training flags among them), what lists, sets and
-    dictionaries in them hold, and buffers are as found afterwards, also after an error. Not so what
-    is nested deeper, a tensor that is no buffer, and a weight that the forward itself changes. What
-    is computed meanwhile is computed in [full precision][ghostify.tracing.example.full_precision].
-
-    Args:
-        model: The model.
-        but: Modules of it that stay as they become, but for their mode.
-    """
-    left = set(but)
-    modules = [module for module in model.modules() if module not in left]
-    attributes = [(module, dict(vars(module))) for module in modules]
-    contents = [
-        (value, copy.copy(value))
-        for _, found in attributes
-        for value in found.values()
-        if isinstance(value, MutableMapping | MutableSequence | MutableSet)
-    ]
-    buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
-    values = [(buffer, buffer.detach().clone()) for buffer in buffers]
-    try:
-        with evaluating(model), full_precision():
-            yield
-    finally:
-        for module, found in attributes:
-            for name in vars(module).keys() - found.keys():
-                del module.__dict__[name]
-            module.__dict__.update(found)
-        for container, content in contents:
-            _restore(container, content)
-        with torch.no_grad():
-            for buffer, value in values:
-                put_back(buffer, value)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Let a GPU multiply float32 as float32.
-
-    By default its convolutions round what they multiply to TF32, ten bits. Then two ways to compute the same would
-    seem to differ, and what the old weights are worth to be less than it is.
-    """
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
-        yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
-
-
-def put_back(buffer: Tensor, value: Tensor) -> None:
-    """Give a buffer the values that it had; one that has them is not written to."""
-    if buffer.layout is not torch.strided or not torch.equal(buffer, value):  # sparse tensors know no comparison
-        buffer.copy_(value)
-
-
-def _restore(container: Any, content: Any) -> None:
-    """Put back what a container held; one that still holds it is not touched."""
-    if isinstance(container, MutableSequence):
-        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
-            container.clear()  # not by a slice, which a deque does not know
-            container.extend(content)
-    elif isinstance(container, MutableMapping):
-        if container.keys() != content.keys() or any(container[key] is not value for key, value in content.items()):
-            container.clear()
-            container.update(content)
-    elif container != content:
-        container.clear()
-        container |= content

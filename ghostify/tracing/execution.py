@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ghostify.tracing.example import Example, difference, same_shapes, unmarked
+from ghostify.tracing.example import Example, difference, same_shapes
 from ghostify.tracing.graph import CHANGES_INPUT, attribute
+from ghostify.tracing.running import unmarked
 
 
 def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any) -> str:
@@ -31,7 +32,7 @@ def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any)
     values: dict[fx.Node, Any] = {}
     dying = last_uses(list(graph.nodes))
     example = example.to(model)
-    with unmarked(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with unmarked(model), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)  # as in a run of the model
         for node in graph.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)

@@ -18,7 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ghostify.spec import Chain
-from ghostify.tracing.example import leaves_in, unmarked
+from ghostify.tracing.example import leaves_in
+from ghostify.tracing.running import unmarked
 from ghostify.tracing.sites import has_hooks
 
 # Activations that act on every number alone and have no parameters: they may be copied.
@@ -91,7 +92,7 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
     }
 
     def traced(*, buffers: bool) -> fx.Graph:
-        with unmarked(model), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        with unmarked(model), torch.inference_mode(False), torch.enable_grad():
             for module in model.modules():
                 module.training = training
             held = set(vars(model))

@@ -14,7 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ghostify.nn.selection import select_channels
 from ghostify.spec import Call, Site
-from ghostify.tracing.example import difference, unmarked
+from ghostify.tracing.example import difference
+from ghostify.tracing.running import unmarked
 
 _REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OPTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding")

@@ -1,0 +1,112 @@
+"""Running a model and leaving it, and all that is around it, as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, MutableMapping, MutableSequence, MutableSet
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode; the ``training`` flag of every module is restored, also after an error."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False  # not .eval(): a model may override it, and freeze or print something
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def own_random_state(*models: nn.Module) -> Iterator[None]:
+    """Give torch's random state back afterwards: the CPU's, and that of every GPU that models lie on."""
+    gpus = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=gpus):
+        yield
+
+
+@contextmanager
+def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Put a model into evaluation mode, and undo afterwards whatever its forward left on it.
+
+    A forward may count its calls in a buffer, keep its last input as an attribute, or put what it
+    computes into a dictionary. Attributes (the training flags among them), what lists, sets and
+    dictionaries in them hold, and buffers are as found afterwards, also after an error. Not so what
+    is nested deeper, a tensor that is no buffer, and a weight that the forward itself changes.
+    Random numbers that are drawn meanwhile count for nothing, and a GPU computes in
+    [full precision][ghostify.tracing.running.full_precision].
+
+    Args:
+        model: The model.
+        but: Modules of it that stay as they become, but for their mode.
+    """
+    left = set(but)
+    modules = [module for module in model.modules() if module not in left]
+    attributes = [(module, dict(vars(module))) for module in modules]
+    contents = [
+        (value, copy.copy(value))
+        for _, found in attributes
+        for value in found.values()
+        if isinstance(value, MutableMapping | MutableSequence | MutableSet)
+    ]
+    buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers]
+    try:
+        with evaluating(model), full_precision(), own_random_state(model):
+            yield
+    finally:
+        for module, found in attributes:
+            for name in vars(module).keys() - found.keys():
+                del module.__dict__[name]
+            module.__dict__.update(found)
+        for container, content in contents:
+            _restore(container, content)
+        with torch.no_grad():
+            for buffer, value in values:
+                put_back(buffer, value)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let a GPU multiply float32 as float32.
+
+    By default its convolutions round what they multiply to TF32, ten bits. Then two ways to compute the same would
+    seem to differ, and what the old weights are worth to be less than it is.
+    """
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+
+
+def put_back(buffer: Tensor, value: Tensor) -> None:
+    """Give a buffer the values that it had; one that has them is not written to."""
+    if buffer.layout is not torch.strided or not torch.equal(buffer, value):  # sparse tensors know no comparison
+        buffer.copy_(value)
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Put back what a container held; one that still holds it is not touched."""
+    if isinstance(container, MutableSequence):
+        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
+            container.clear()  # not by a slice, which a deque does not know
+            container.extend(content)
+    elif isinstance(container, MutableMapping):
+        if container.keys() != content.keys() or any(container[key] is not value for key, value in content.items()):
+            container.clear()
+            container.update(content)
+    elif container != content:
+        container.clear()
+        container |= content
