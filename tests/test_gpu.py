@@ -55,6 +55,14 @@ def test_a_start_is_the_one_of_the_cpu(initialiser: str) -> None:
     assert differing(*made, images(16)) < 0.02
 
 
+def test_the_random_numbers_of_the_gpu_are_as_found() -> None:
+    torch.cuda.manual_seed(7)
+    before = torch.cuda.get_rng_state()
+    ghostify.convert(network(), ratio=2, example_inputs=images(2), initialiser="random")
+    ghostify.convert(network(), ratio=2, calibration=images())
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("sensitivity", ["explained", "measured"])
 def test_a_budget_is_spent_as_on_the_cpu(sensitivity: str) -> None:
     budget = {"macs": 0.6}
