@@ -294,7 +294,7 @@ def main() -> None:
         print("torchdistill is not installed: pip install 'ghostify[bench]'")
     peak = peak_macs(work, side=2048 if options.device == "cpu" else 8192)
     done = macs_per_image(work) * statistics.median(speed for speed, _ in found["ghostify"])
-    print(f"ghostify: {done / 1e9:,.1f} billion MACs a second, {100 * done / peak:.0f} % of {peak / 1e9:,.0f} billion")
+    print(f"ghostify: {done / 1e9:,.1f} billion MACs a second, {100 * done / peak:.2g} % of {peak / 1e9:,.0f} billion")
     images = "random images" if options.random else "CIFAR-10"
     about = f"{options.network}, {images}, {options.rounds} rounds of {options.steps} batches of {options.batch}"
     precision = settled_precision(options.precision, torch.device(options.device))

@@ -299,14 +299,8 @@ resnest14d rexnet_100 samvit_base_patch16 selecsls42 sequencer2d_s shvit_s1 skre
 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41p
 xcit_nano_12_p8_224
 """.split()  # noqa: SIM905 - a list of words
-TORCHVISION = [
-    "squeezenet1_1",
-    "shufflenet_v2_x0_5",
-    "mnasnet0_5",
-    "lraspp_mobilenet_v3_large",
-    pytest.param("raft_small", marks=pytest.mark.slow),
-    pytest.param("r3d_18", marks=pytest.mark.slow),
-]
+TASKS = ["squeezenet1_1", "mnasnet0_5"]
+LARGER_TASKS = ["shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large", "raft_small", "r3d_18"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -314,7 +308,7 @@ def test_a_small_model_of_a_family_of_timm(libraries, name):
     converted_and_checked("timm", name)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", TASKS)
 def test_a_small_model_of_a_task_of_torchvision(libraries, name):
     converted_and_checked("torchvision", name)
 
@@ -323,6 +317,12 @@ def test_a_small_model_of_a_task_of_torchvision(libraries, name):
 @pytest.mark.parametrize("name", LARGER_FAMILIES)
 def test_a_larger_model_of_a_family_of_timm(libraries, name):
     converted_and_checked("timm", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER_TASKS)
+def test_a_larger_model_of_a_task_of_torchvision(libraries, name):
+    converted_and_checked("torchvision", name)
 
 
 @pytest.mark.slow

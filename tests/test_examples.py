@@ -25,6 +25,7 @@ def run(name, *arguments, folder):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_resnet(tmp_path):
     printed = run("ghostify_resnet.py", "--size", 64, folder=tmp_path)
     assert "ResNet: 19 of 20 convolutions become Ghost units" in printed
@@ -39,6 +40,7 @@ def test_mobilenet(tmp_path):
     assert (tmp_path / "mobilenet-ghost" / "plan.json").is_file()
 
 
+@pytest.mark.slow
 def test_comparison(tmp_path):
     printed = run("compare_models.py", "--epochs", 2, folder=tmp_path)
     assert "top-1 accuracy" in printed
