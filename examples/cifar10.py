@@ -1,7 +1,7 @@
 """Ghost networks on CIFAR-10, and what they are to be compared with, at equal MACs and with the same distillation.
 
     python -m examples.cifar10 --network resnet20 --method ghost random narrow pruned --ratio 2 4 --seeds 0 1 2
-    python -m examples.cifar10 --network resnet56 --ratio 3 --fusion add mul
+    python -m examples.cifar10 --network resnet56 --ratio 3 --fusion add mul --device cuda --side-by-side 6
     python -m examples.cifar10 --network vgg16 --method teacher --epochs 200 --lr 0.1 --warmup 0.3
     python -m examples.cifar10 --report-only
 
@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -142,7 +145,7 @@ BY_LABELS = ("teacher", "labels")
 def run(case: Case, options: argparse.Namespace) -> Row:
     """Make a student, train it, score it; go on where the same run was stopped."""
     folder: Path = options.out / str(case)
-    on, machines = begun(case, folder, options)
+    made = begun(case, folder, options)
     data = ghostify.load_data(
         f"parquet:{options.data}",
         DataOptions(seed=case.seed, batch_size=case.batch, val_size=options.val, device=options.device),
@@ -157,16 +160,28 @@ def run(case: Case, options: argparse.Namespace) -> Row:
     row: Row = {**asdict(case), "start_seconds": time.perf_counter() - clock}
     row |= {"params": count_params(student), "macs": count_macs(student, images[:1]).macs}
     if case.epochs:
-        row |= trained(case, student, teacher, data, folder)
+        row |= trained(case, student, teacher, data, folder, progress=None if options.side_by_side == 1 else False)
     row |= {"test": accuracy(student.eval(), data.test)}
-    row |= {"hardware": machines, "on": on}
+    row |= made if case.epochs else {name: made[name] for name in ("on", "hardware")}
     if case.method == "teacher" and case.epochs:
         write_weights(weights_file(options.out, case.network), snapshot(student))
     write(folder / "row.json", row)
     return row
 
 
-def trained(case: Case, student: nn.Module, teacher: nn.Module, data: Splits, folder: Path) -> Row:
+def rows_of(some: list[Case], options: argparse.Namespace) -> Iterator[Row]:
+    """Run all of them, so many at a time as is asked for, each in a process of its own."""
+    if options.side_by_side == 1:
+        yield from (run(case, options) for case in some)
+        return
+    threads, one_of = (options.threads,), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.side_by_side, one_of, torch.set_num_threads, threads) as pool:
+        yield from pool.map(partial(run, options=options), some)
+
+
+def trained(
+    case: Case, student: nn.Module, teacher: nn.Module, data: Splits, folder: Path, progress: bool | None
+) -> Row:
     """Train a student in place; the validation images choose the epoch."""
     config = ghostify.DistillConfig(
         loss=case.loss,
@@ -174,6 +189,7 @@ def trained(case: Case, student: nn.Module, teacher: nn.Module, data: Splits, fo
         warmup=case.warmup,
         hard_weight=float(case.method in BY_LABELS),
         seed=case.seed,
+        progress=progress,
         # what torch-pruning leaves cannot be recorded
         cuda_graphs=next(student.parameters()).is_cuda and case.method != "pruned",
     )
@@ -193,7 +209,6 @@ def trained(case: Case, student: nn.Module, teacher: nn.Module, data: Splits, fo
         "validation": [100 * (epoch.val_accuracy or 0) for epoch in done.history],
         "best_epoch": done.best_epoch,
         "seconds": sum(epoch.seconds or 0 for epoch in done.history),
-        "precision": settled_precision(config.precision, next(student.parameters()).device),
     }
 
 
@@ -212,11 +227,12 @@ def weights_of(network: str, options: argparse.Namespace) -> nn.Module:
     raise SystemExit(f"{weights_file(options.weights, network)} is not there. Train it: --method teacher")
 
 
-def begun(case: Case, folder: Path, options: argparse.Namespace) -> tuple[str, str]:
+def begun(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, str]:
     """Note what a run is and what on, when it begins and whenever it goes on, and refuse another one's folder."""
     places = {
         "on": measured_on(options.threads),
         "hardware": hardware(options.device, options.threads),
+        "precision": settled_precision("auto", torch.device(options.device)),
     }
     file, now = folder / "case.json", {"case": asdict(case)} | {name: [place] for name, place in places.items()}
     if file.is_file():
@@ -225,7 +241,7 @@ def begun(case: Case, folder: Path, options: argparse.Namespace) -> tuple[str, s
             raise SystemExit(f"{folder} holds a run with other settings, see case.json in it. Pass another --out.")
         now |= {name: list(dict.fromkeys([*before.get(name, []), place])) for name, place in places.items()}
     write(file, now)
-    return "; ".join(now["on"]), "; ".join(now["hardware"])
+    return {name: "; ".join(now[name]) for name in places}
 
 
 def write(file: Path, content: Any) -> None:
@@ -264,6 +280,7 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=5000, help="training images that are held out for every choice")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--side-by-side", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--data", type=Path, default=SHARED / "cifar10", help="train-*.parquet and test-*.parquet")
     parser.add_argument("--weights", type=Path, default=SHARED / "weights", help="cifar10_NETWORK.safetensors")
     parser.add_argument("--out", type=Path, default=Path("cifar10-run"))
@@ -273,9 +290,10 @@ def main() -> None:
     if options.report_only:
         write_page(options.out)
         return
-    for case in dict.fromkeys(cases(options)):
-        if not (options.out / str(case) / "row.json").is_file():
-            row = run(case, options)
+    left = [case for case in dict.fromkeys(cases(options)) if not (options.out / str(case) / "row.json").is_file()]
+    teachers = [case for case in left if case.method == "teacher"]  # others need their weights
+    for some in (teachers, [case for case in left if case not in teachers]):
+        for row in rows_of(some, options):
             print(
                 {key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()}, flush=True
             )

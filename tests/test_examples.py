@@ -52,7 +52,7 @@ def test_cifar10(tmp_path):
     tiny_cifar10(tmp_path)
     folders = ("--data", tmp_path, "--weights", tmp_path, "--out", tmp_path / "runs")
     sizes = ("--epochs", 1, "--images", 2, "--val", 8, "--batch", 8)
-    run("cifar10.py", "--method", "random", "narrow", *sizes, *folders, folder=tmp_path)
+    run("cifar10.py", "--method", "random", "narrow", "--side-by-side", 2, *sizes, *folders, folder=tmp_path)
     rows = {path: json.loads(path.read_text()) for path in sorted((tmp_path / "runs").glob("*/row.json"))}
     narrow, ghost = rows.values()  # by their folders' names
     assert (narrow["method"], ghost["method"]) == ("narrow", "random")

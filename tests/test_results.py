@@ -106,6 +106,13 @@ def test_a_setting_that_a_method_does_not_have_counts_once(monkeypatch, tmp_path
     ]
 
 
+def test_a_teacher_is_trained_before_its_students(monkeypatch, tmp_path):
+    assert asked(monkeypatch, tmp_path, "--network", "vgg16", "--method", "ghost", "teacher") == [
+        "vgg16-teacher-s1-30epochs-seed0",
+        "vgg16-ghost-s2-30epochs-seed0",
+    ]
+
+
 def test_a_finished_run_is_not_run_again(monkeypatch, tmp_path):
     (tmp_path / "resnet20-ghost-s2-30epochs-seed0").mkdir()
     (tmp_path / "resnet20-ghost-s2-30epochs-seed0" / "row.json").write_text("{}")
@@ -130,6 +137,6 @@ def test_the_folder_of_another_run_is_refused(monkeypatch, tmp_path):
 def test_a_run_that_goes_on_elsewhere_tells_of_both_machines(tmp_path):
     case = cifar10.Case("resnet20", "ghost", 2.0, "concat", 30, 1024, 0, "mse", 0.05, 0.1, 128)
     for threads in (1, 2, 1):
-        on, machines = cifar10.begun(case, tmp_path, argparse.Namespace(threads=threads, device="cpu"))
-    assert machines == f"{hardware('cpu', 1)}; {hardware('cpu', 2)}"
-    assert on.count("ghostify") == 2
+        made = cifar10.begun(case, tmp_path, argparse.Namespace(threads=threads, device="cpu"))
+    assert made["hardware"] == f"{hardware('cpu', 1)}; {hardware('cpu', 2)}"
+    assert made["on"].count("ghostify") == 2
