@@ -190,8 +190,7 @@ def trained(
         hard_weight=float(case.method in BY_LABELS),
         seed=case.seed,
         progress=progress,
-        # what torch-pruning leaves cannot be recorded
-        cuda_graphs=next(student.parameters()).is_cuda and case.method != "pruned",
+        cuda_graphs=next(student.parameters()).is_cuda,
     )
     done = ghostify.distill(
         student,

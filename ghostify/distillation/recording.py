@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,7 @@ class _Inside(nn.Module):
 def _recorded(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any]:
     # Recording runs the network several times: neither its norms nor the random numbers are to show it.
     before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    gc.collect()  # what holds on to an earlier backward pass of these weights, in a cycle, would spoil the recording
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a weight in half precision would be one of another step
     try:

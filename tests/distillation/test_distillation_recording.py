@@ -1,5 +1,7 @@
 """Networks that are recorded, with a stand-in for what only a GPU can do: tests/test_gpu.py has the real one."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,30 @@ def test_recording_takes_no_random_numbers(replays):
     drawn = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
+
+
+def gradient_node(weight):
+    """The node of autograd's that adds up a weight's gradient; it lives as long as a graph that it is in."""
+    return weight.view_as(weight).grad_fn.next_functions[0][0]
+
+
+def test_nothing_holds_on_to_an_earlier_backward_pass(monkeypatch):
+    def record(module, sample, **options):
+        assert "earlier" not in gradient_node(model[0].weight).metadata
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    model = network()
+    cycle = [model[0].weight.exp()]  # as a tool that pruned the model leaves it
+    gradient_node(model[0].weight).metadata["earlier"] = True
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        assert "earlier" in gradient_node(model[0].weight).metadata
+        Recorded(model)(torch.zeros(2, 3, 8, 8))
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_recorded_is_told_as_such(monkeypatch):
