@@ -238,7 +238,7 @@ def begun(case: Case, folder: Path, options: argparse.Namespace) -> dict[str, st
         before = json.loads(file.read_text(encoding="utf-8"))
         if before["case"] != now["case"]:
             raise SystemExit(f"{folder} holds a run with other settings, see case.json in it. Pass another --out.")
-        now |= {name: list(dict.fromkeys([*before.get(name, []), place])) for name, place in places.items()}
+        now |= {name: sorted({*before.get(name, ["unknown"]), place}) for name, place in places.items()}
     write(file, now)
     return {name: "; ".join(now[name]) for name in places}
 

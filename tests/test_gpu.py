@@ -107,7 +107,7 @@ def test_a_model_on_the_gpu_is_stored_and_exported(tmp_path) -> None:
         {"loss": "dist", "schedule": "cosine"},
         {"sync_norms": True},
         {"cuda_graphs": True},
-        {"cuda_graphs": True, "ema": 0.9, "mixup": 0.2, "hard_weight": 0.5, "accumulate": 2},
+        {"cuda_graphs": True, "ema": 0.9, "mixup": 0.2, "hard_weight": 0.5},
         {"cuda_graphs": True, "precision": "fp16", "freeze_norms": True},
     ],
     ids=str,

@@ -140,3 +140,8 @@ def test_a_run_that_goes_on_elsewhere_tells_of_both_machines(tmp_path):
         made = cifar10.begun(case, tmp_path, argparse.Namespace(threads=threads, device="cpu"))
     assert made["hardware"] == f"{hardware('cpu', 1)}; {hardware('cpu', 2)}"
     assert made["on"].count("ghostify") == 2
+    known = json.loads((tmp_path / "case.json").read_text())
+    del known["hardware"]  # as an earlier version noted it
+    (tmp_path / "case.json").write_text(json.dumps(known))
+    made = cifar10.begun(case, tmp_path, argparse.Namespace(threads=1, device="cpu"))
+    assert made["hardware"] == f"{hardware('cpu', 1)}; unknown"

@@ -32,7 +32,7 @@ from ghostify.planning.choice import Choice, choose_layout
 from ghostify.planning.explained import norm_scale, site_shares
 from ghostify.planning.white import white_shares
 from ghostify.spec import Decision, Plan
-from ghostify.tracing import Example, Trace, own_random_state, unmarked
+from ghostify.tracing import Example, Trace, own_random_state, seed_torch, unmarked
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ _ERROR_IMAGES, _SHARED_IMAGES = 32, 64
 def random(conversion: Conversion) -> None:
     """Fresh random weights in every Ghost unit, channels in their natural order; no other layer changes."""
     with own_random_state(conversion.facts.model):
-        torch.manual_seed(conversion.seed)
+        seed_torch(conversion.seed, conversion.facts.model)
         for decision in conversion.plan.replaced:
             unit = conversion.unit(decision)
             gate = unit.spec.fusion == "mul"  # a gate starts as the identity, not at random
@@ -101,7 +101,7 @@ def random(conversion: Conversion) -> None:
 def first(conversion: Conversion) -> None:
     """The first filters of every layer (of every group) as they are; cheap kernels at random."""
     with own_random_state(conversion.facts.model):
-        torch.manual_seed(conversion.seed)
+        seed_torch(conversion.seed, conversion.facts.model)
         for decision in conversion.plan.replaced:
             unit = conversion.unit(decision)
             if unit.spec.fusion != "mul" and unit.cheap_operation is not None:
@@ -207,7 +207,7 @@ def _visits(conversion: Conversion, student: nn.Module) -> Iterator[Visit]:
     console = Console(stderr=True)
     fitted = [module for decision in conversion.plan.replaced for module in _fitted(conversion, decision)]
     with unmarked(facts.model), unmarked(student, but=fitted), torch.no_grad():
-        torch.manual_seed(conversion.seed)  # for a model that draws random numbers
+        seed_torch(conversion.seed, conversion.facts.model)  # for a model that draws random numbers
         if facts.graph is not None:
             visits = walk_graph(facts.graph, facts.model, student, decisions, conversion.chunks)
         else:

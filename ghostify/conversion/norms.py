@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ghostify.errors import InputsError
-from ghostify.tracing import unmarked
+from ghostify.tracing import seed_torch, unmarked
 from ghostify.tracing.calibration import MOST_IMAGES, Calibration, calibration_chunks
 
 # Statistics as near to mean 0 and variance 1 as this are what is left where a norm was folded away.
@@ -72,7 +72,7 @@ def estimate_norms(model: nn.Module, calibration: Calibration, *, images: int = 
         )
     totals: dict[str, list[Tensor]] = {}
     with unmarked(model), torch.no_grad():  # also takes the hooks off
-        torch.manual_seed(0)  # for a model that draws random numbers
+        seed_torch(0, model)  # for a model that draws random numbers
         for name, norm in norms.items():
             norm.training, norm.momentum = True, 1.0  # it holds the statistics of the last batch alone
             norm.num_batches_tracked = None

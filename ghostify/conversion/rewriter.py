@@ -42,6 +42,7 @@ from ghostify.tracing import (
     lifted_as,
     on_meta,
     own_random_state,
+    seed_torch,
     unmarked,
     unwrapped,
 )
@@ -266,7 +267,7 @@ def _copy_with_units(model: nn.Module, decisions: Iterable[Decision], plan: Plan
         norm = model.get_submodule(chain.norm) if inside and chain is not None and chain.norm else None
         activation = _activation(chain.activation, model) if inside and chain is not None else None
         with own_random_state(model):
-            torch.manual_seed(seed + len(memo))
+            seed_torch(seed + len(memo), model)
             memo[id(conv)] = GhostConv.from_conv(conv, decision.spec, norm=norm, activation=activation)
         if norm is not None:
             memo[id(norm)] = nn.Identity().train(norm.training)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.spec import Decision, Plan
-from ghostify.tracing import Example, tensors_in, unmarked
+from ghostify.tracing import Example, seed_torch, tensors_in, unmarked
 
 # Of Hinton et al. 2015, arXiv 1503.02531.
 _TEMPERATURE = 4.0
@@ -64,7 +64,7 @@ def channel_metrics(
         handles.append(model.get_submodule(decision.site.name).register_forward_hook(keep))
     try:
         with unmarked(model), torch.inference_mode(False), torch.enable_grad():
-            torch.manual_seed(0)  # for a model that draws random numbers
+            seed_torch(0, model)  # for a model that draws random numbers
             numbers = sum(math.prod(call.output_shape) * call.rows for made in plan for call in made.site.calls)
             images = min(_IMAGES, max(_FEWEST_IMAGES, int(_NUMBERS / max(1, numbers))))
             for example in _small(chunks, images, most=max(1, int(_MEMORY / (4 * _KEPT * numbers)))):

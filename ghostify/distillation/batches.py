@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,24 +101,38 @@ class Reader:
 
 @contextmanager
 def laid_out(*models: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Lay out weights in memory as the images are, channels last; afterwards as they were.
+    """Lay weights out in memory as the images are, channels last; afterwards they lie where they lay.
 
-    A GPU would do so at every step for itself, at half the time of a small network's.
+    A GPU would otherwise bring them into that order at every step. Weights that share their memory with others stay.
 
     Args:
         models: Changed in place, their values are not.
         wanted: Whether to do so.
     """
-    parameters = [p for model in models for p in model.parameters() if p.dim() == 4 and p.is_contiguous()]
-    if not wanted:
-        parameters = []
-    for parameter in parameters:
-        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    moved: list[tuple[nn.Parameter, Tensor]] = []
     try:
+        for parameter in _with_own_memory(models) if wanted else ():
+            moved.append((parameter, parameter.data))
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        for parameter in parameters:
-            parameter.data = parameter.data.contiguous()
+        for parameter, before in moved:
+            parameter.data = before.copy_(parameter.data)
+
+
+def _with_own_memory(models: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Contiguous weights of four dimensions in whose memory there is nothing else."""
+    parameters = {id(p): p for model in models for p in model.parameters()}
+    tensors = [*parameters.values(), *(buffer for model in models for buffer in model.buffers())]
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    return [
+        p
+        for p in parameters.values()
+        if p.dim() == 4
+        and p.is_contiguous()
+        and users[p.untyped_storage().data_ptr()] == 1
+        and p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    ]
 
 
 def check_labels(labels: Tensor, logits: Tensor, name: str) -> None:

@@ -44,7 +44,8 @@ class DistillConfig:
             every epoch: without augmentation.
         compile: Compile both networks with ``torch.compile``.
         cuda_graphs: Record what a GPU does for both networks once, and replay it: for networks so small that it would
-            wait for Python. Batches of another size than the first run as ever.
+            wait for Python. Whatever the networks decide or draw in Python is recorded with it. Batches that are
+            smaller than the largest so far run as ever.
         patience: Stop after so many epochs without a better score on ``val``; ``None`` goes through all.
         accumulate: Compute a batch in so many parts, for one that is too large for the memory. What is learned is
             the same, but for what looks at several rows at once, and sees one part at a time: batch norms, the loss
@@ -128,11 +129,12 @@ class DistillConfig:
             raise OptionError(
                 "freeze_norms=True with sync_norms=True: norms that are frozen see no rows. Leave one out."
             )
-        if self.cuda_graphs and (self.compile or self.features):
-            other = "compile=True" if self.compile else f"features={self.features!r}"
+        if self.cuda_graphs and (self.compile or self.features or self.accumulate > 1):
+            others = [f"compile={self.compile}", f"features={self.features!r}", f"accumulate={self.accumulate}"]
+            other = others[0 if self.compile else 1 if self.features else 2]
             raise OptionError(
-                f"cuda_graphs=True with {other}: what is replayed is neither compiled nor tells its layers' maps. "
-                "Leave one out."
+                f"cuda_graphs=True with {other}: what is replayed is not compiled, does not tell its layers' maps, and "
+                "does not add to the gradients of another part. Leave one out."
             )
         if self.cache_teacher and (self.mixup or self.features):
             other = f"mixup={self.mixup}" if self.mixup else f"features={self.features!r}"

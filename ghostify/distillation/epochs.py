@@ -119,7 +119,10 @@ class EpochBatches(ABC):
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Map bytes ``(n, c, h, w)`` to float32 of the data set's mean 0 and deviation 1."""
-        mean, std = torch.tensor([self.mean, self.std]).to(pixels.device, non_blocking=True).view(2, 1, -1, 1, 1)
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1).to(pixels.device, non_blocking=True)
+            for values in (self.mean, self.std)
+        )
         return pixels.float().mul_(1 / (255 * std)).add_(-mean / std)
 
     @abstractmethod

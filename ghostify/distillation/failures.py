@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ghostify.distillation.batches import Batch
 from ghostify.distillation.config import DistillConfig
@@ -25,12 +26,19 @@ def is_healthy(learner: Learner, scores: Scores | None, batch: Batch) -> bool:
 
 
 def non_finite(
-    epoch: int, step: int, first: int, rate: float, item: Item, learner: Learner, folder: Path | None
+    epoch: int,
+    step: int,
+    first: int,
+    rate: float,
+    item: Item,
+    learner: Learner,
+    teacher: nn.Module,
+    folder: Path | None,
 ) -> NonFiniteLossError:
     """Say what went wrong at step ``first``, seen at ``step``; the batch at hand is to blame only if they are one."""
     config, inputs = learner.config, learner.reader.read(item.value, "data").inputs
     with torch.no_grad(), learner.reader.autocast():
-        wanted = learner.teacher(inputs)
+        wanted = teacher(inputs)
     if step == first and not bool(torch.isfinite(inputs).all()):
         cause = "the batch itself holds NaN or infinite inputs. Clean the data."
     elif step == first and not bool(torch.isfinite(wanted).all()):

@@ -21,7 +21,7 @@ from ghostify.distillation.mixing import mixed
 from ghostify.distillation.optimisation import build_optimizer
 from ghostify.distillation.preflight import explained
 from ghostify.distillation.processes import Item, Processes
-from ghostify.distillation.recording import Recorded, check_recording
+from ghostify.distillation.recording import Recorded
 from ghostify.errors import InputsError, OptionError, TrainingError
 
 
@@ -66,7 +66,6 @@ class Learner:
         answers: KnownAnswers | None,
     ) -> None:
         self.student, self.config, self.processes, self.reader, self.taps = student, config, processes, reader, taps
-        check_recording(config, processes, reader.device)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(student, config)
         self.optimizer.zero_grad()

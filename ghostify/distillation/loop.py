@@ -248,9 +248,9 @@ class Loop:
         Raises:
             NonFiniteLossError: One did not.
         """
-        finite, tally = int(self.tally.finite), self.tally
+        finite, tally, epoch = int(self.tally.finite), self.tally, self.progress.epoch
         if finite <= tally.step:
-            raise non_finite(self.progress.epoch, tally.step, finite, tally.rate, item, self.learner, self.folder)
+            raise non_finite(epoch, tally.step, finite, tally.rate, item, self.learner, self.teacher, self.folder)
 
     def _tell(self, done: int, *, look: bool) -> None:
         """Show a step and write it down, where it is time to; foretell once how long the run will take."""

@@ -25,7 +25,8 @@ def check_recording(config: DistillConfig, processes: Processes, device: torch.d
         return
     if device.type != "cuda":
         raise OptionError(
-            f"cuda_graphs=True: student is on {device}, and GPUs alone have such. Pass cuda_graphs=False."
+            f"cuda_graphs=True: student is on {device}, and only devices of type cuda have such graphs. "
+            "Pass cuda_graphs=False."
         )
     if processes.count > 1:
         raise OptionError(
@@ -37,7 +38,8 @@ def check_recording(config: DistillConfig, processes: Processes, device: torch.d
 class Recorded:
     """Calls a network in the mode that it is first called in, forward and backward as CUDA graphs.
 
-    The first call records. Later ones replay that for inputs of the same shape, and call the network for others.
+    The first call records, as does one with a larger batch. Others replay that for inputs of the same shape and type,
+    and call the network for smaller ones. The gradients of a replay lie where those of the one before lay.
 
     Args:
         network: On a GPU. Its parameters and buffers must stay where they are in memory.
@@ -45,7 +47,7 @@ class Recorded:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.shape: torch.Size | None = None
+        self.recorded: Tensor | None = None
         self.replay: Callable[[Tensor], Any] = network
 
     def __call__(self, inputs: Tensor) -> Any:
@@ -54,9 +56,11 @@ class Recorded:
         Raises:
             OptionError: What the network does cannot be recorded.
         """
-        if self.shape is None:
-            self.shape, self.replay = inputs.shape, _recorded(self.network, inputs)
-        return self.replay(inputs) if inputs.shape == self.shape else self.network(inputs)
+        if self.recorded is None or inputs.numel() > self.recorded.numel():
+            self.recorded = inputs.clone()
+            self.replay = _recorded(self.network, self.recorded)
+        alike = inputs.shape == self.recorded.shape and inputs.dtype == self.recorded.dtype
+        return self.replay(inputs) if alike else self.network(inputs)
 
 
 class _Inside(nn.Module):
@@ -72,24 +76,32 @@ class _Inside(nn.Module):
 
 def _recorded(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any]:
     # Recording runs the network several times: neither its norms nor the random numbers are to show it.
-    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    before = {name: (buffer, buffer.clone()) for name, buffer in network.named_buffers()}
     gc.collect()  # what holds on to an earlier backward pass of these weights, in a cycle, would spoil the recording
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a weight in half precision would be one of another step
     try:
         with own_random_state(network):
             replay: Callable[[Tensor], Any] = torch.cuda.make_graphed_callables(
-                _Inside(network), (inputs.clone(),), allow_unused_input=True
+                _Inside(network), (inputs,), allow_unused_input=True
             )
-    except RuntimeError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:  # as torch says that it cannot
         first_line = next(iter(str(error).strip().splitlines()), "")
-        raise OptionError(
-            f"cuda_graphs=True: what {type(network).__name__} does cannot be recorded ({first_line}). "
-            "Pass cuda_graphs=False."
-        ) from error
+        raise _unrecordable(network, first_line) from error
     finally:
         torch.set_autocast_cache_enabled(caching)
         with torch.no_grad():
-            for buffer, value in before:
+            for buffer, value in before.values():
                 buffer.copy_(value)
+    for name, buffer in network.named_buffers():
+        if name not in before or buffer is not before[name][0]:
+            raise _unrecordable(network, f"its forward puts another tensor in the place of the buffer {name!r}")
     return replay
+
+
+def _unrecordable(network: nn.Module, reason: str) -> OptionError:
+    return OptionError(
+        f"cuda_graphs=True: what {type(network).__name__} does cannot be recorded ({reason}). Pass cuda_graphs=False."
+    )

@@ -141,7 +141,8 @@ def read_state(folder: Path, made_by: dict[str, Any]) -> tuple[Progress, dict[st
         then, now = _flat(header["made_by"]), _flat(json.loads(json.dumps(made_by)))
         for name in [name for name in {**now, **then} if now.get(name) != then.get(name)]:
             if name in _MAY_CHANGE:
-                log.warning("from here on %s=%r; the run was begun with %r", name, now[name], then[name])
+                if name in then:  # not in a state of an earlier version
+                    log.warning("from here on %s=%r; the run was begun with %r", name, now.get(name), then[name])
                 continue
             raise OptionError(
                 f"resume=True: {name}={now.get(name)!r}, and the run in {str(folder.parent)!r} was begun with "

@@ -26,6 +26,7 @@ from ghostify.distillation.preflight import check_batch, check_classes, check_mo
 from ghostify.distillation.processes import Processes, begin_epoch, launched, read_epoch
 from ghostify.distillation.progress import progress_bar
 from ghostify.distillation.randomness import preserved_random_state
+from ghostify.distillation.recording import check_recording
 from ghostify.distillation.resuming import States, find_state
 from ghostify.distillation.stopping import watched_signals
 from ghostify.errors import OptionError
@@ -110,6 +111,7 @@ def distill(
     if val is None and config.patience is not None:
         raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
     processes = launched(device)
+    check_recording(config, processes, device)
     reader = Reader(device, parameter.dtype, config.channels_last, settled_precision(config.precision, device))
     states = (
         None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, batches_of_val, config)

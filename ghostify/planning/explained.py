@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ghostify.nn.layout import position_parents
 from ghostify.planning.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
 from ghostify.spec import GhostSpec, Site
-from ghostify.tracing import Example, Trace, unmarked
+from ghostify.tracing import Example, Trace, seed_torch, unmarked
 
 # Share of the mean diagonal of the Gram matrix; see docs/decisions.md.
 RIDGE = 1e-4
@@ -84,7 +84,7 @@ def site_moments(
         ]
         try:
             with unmarked(facts.model), torch.no_grad():
-                torch.manual_seed(seed)
+                seed_torch(seed, facts.model)
                 for chunk in chunks:
                     fresh = chunk.copied()
                     facts.model(*fresh.args, **fresh.kwargs)

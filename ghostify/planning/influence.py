@@ -26,7 +26,7 @@ from ghostify.planning.choice import choose_layout
 from ghostify.planning.explained import RIDGE, explained_by, kept_share, norm_of, site_moments
 from ghostify.planning.statistics import Moments, ridge_solve
 from ghostify.spec import GhostSpec, Site
-from ghostify.tracing import Example, Trace, tensors_in, unmarked
+from ghostify.tracing import Example, Trace, seed_torch, tensors_in, unmarked
 
 # Examples on which the answers are compared.
 _IMAGES = 64
@@ -113,7 +113,7 @@ def _hooked(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
 def _answers(model: nn.Module, example: Example) -> list[Tensor]:
     fresh = example.copied()
     with unmarked(model), torch.no_grad():
-        torch.manual_seed(0)
+        seed_torch(0, model)
         made: Any = model(*fresh.args, **fresh.kwargs)
     return [tensor.float() for tensor in tensors_in(made) if tensor.is_floating_point()]
 

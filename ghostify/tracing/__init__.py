@@ -12,7 +12,7 @@ from ghostify.tracing.example import (
     tensors_in,
     unwrapped,
 )
-from ghostify.tracing.running import evaluating, own_random_state, unmarked
+from ghostify.tracing.running import evaluating, own_random_state, seed_torch, unmarked
 from ghostify.tracing.sites import fingerprint, is_site
 from ghostify.tracing.streams import Streams
 from ghostify.tracing.trace import Trace, lifted_as, trace
@@ -34,6 +34,7 @@ __all__ = [
     "on_meta",
     "own_random_state",
     "same_shapes",
+    "seed_torch",
     "shapes_of",
     "state_bytes",
     "tensors_in",

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ghostify.tracing.example import Example, difference, same_shapes
 from ghostify.tracing.graph import CHANGES_INPUT, attribute
-from ghostify.tracing.running import unmarked
+from ghostify.tracing.running import seed_torch, unmarked
 
 
 def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any) -> str:
@@ -33,7 +33,7 @@ def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any)
     dying = last_uses(list(graph.nodes))
     example = example.to(model)
     with unmarked(model), torch.inference_mode(False), torch.no_grad():
-        torch.manual_seed(0)  # as in a run of the model
+        seed_torch(0, model)  # as in a run of the model
         for node in graph.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             read = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]

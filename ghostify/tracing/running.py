@@ -24,11 +24,25 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def gpus(*models: nn.Module) -> list[int]:
+    """The numbers of the GPUs that models lie on."""
+    return sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
+
+
+def seed_torch(seed: int, *models: nn.Module) -> None:
+    """Seed torch's generators of the CPU and of the GPUs that models lie on.
+
+    ``torch.manual_seed`` seeds those of all other GPUs, too, and nobody would give their state back.
+    """
+    torch.default_generator.manual_seed(seed)
+    for index in gpus(*models):
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
 @contextmanager
 def own_random_state(*models: nn.Module) -> Iterator[None]:
     """Give torch's random state back afterwards: the CPU's, and that of every GPU that models lie on."""
-    gpus = sorted({p.device.index or 0 for model in models for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=gpus):
+    with torch.random.fork_rng(devices=gpus(*models)):
         yield
 
 
@@ -40,8 +54,8 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
     computes into a dictionary. Attributes (the training flags among them), what lists, sets and
     dictionaries in them hold, and buffers are as found afterwards, also after an error. Not so what
     is nested deeper, a tensor that is no buffer, and a weight that the forward itself changes.
-    Random numbers that are drawn meanwhile count for nothing, and a GPU computes in
-    [full precision][ghostify.tracing.running.full_precision].
+    Random numbers that are drawn meanwhile, on the CPU and on the model's GPUs, count for nothing, and such a GPU
+    computes in [full precision][ghostify.tracing.running.full_precision].
 
     Args:
         model: The model.
@@ -59,7 +73,7 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
     buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]
     try:
-        with evaluating(model), full_precision(), own_random_state(model):
+        with evaluating(model), full_precision(model), own_random_state(model):
             yield
     finally:
         for module, found in attributes:
@@ -74,21 +88,32 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Let a GPU multiply float32 as float32.
+def full_precision(*models: nn.Module) -> Iterator[None]:
+    """Let the convolutions of models on a GPU multiply float32 as float32.
 
-    By default its convolutions round what they multiply to TF32, ten bits. Then two ways to compute the same would
-    seem to differ, and what the old weights are worth to be less than it is.
+    By default they round what they multiply to TF32, ten bits. Then two ways to compute the same would seem to differ,
+    and what the old weights are worth to be less than it is.
     """
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
+    if not gpus(*models):
+        yield
+        return
+    home, name, exact = _switch_of_tf32()
+    before = getattr(home, name)
+    setattr(home, name, exact)
     try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
         yield
     finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
+        setattr(home, name, before)
+
+
+def _switch_of_tf32() -> tuple[Any, str, Any]:
+    """Torch has two kinds of switches; reading one is an error where the other was set."""
+    cudnn: Any = torch.backends.cudnn
+    try:
+        _ = cudnn.allow_tf32
+    except RuntimeError:
+        return cudnn.conv, "fp32_precision", "ieee"
+    return cudnn, "allow_tf32", False  # a model that reads this one, as in ``cudnn.flags()``, can still do so
 
 
 def put_back(buffer: Tensor, value: Tensor) -> None:

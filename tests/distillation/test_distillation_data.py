@@ -26,12 +26,13 @@ def passed(batches: ImageBatches) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def test_batches_are_normalised_and_complete() -> None:
-    images, mean, std = pixels(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+@pytest.mark.parametrize("std", [(0.5, 0.6, 0.7), (0.5,)])
+def test_batches_are_normalised_and_complete(std: tuple[float, ...]) -> None:
+    images, mean = pixels(), (0.1, 0.2, 0.3)
     batches = ImageBatches(images, torch.arange(10), batch_size=4, mean=mean, std=std)
     assert len(batches) == len(list(batches)) == 3
     got, labels = passed(batches)
-    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
     assert got.dtype == torch.float32
     assert labels.tolist() == list(range(10))

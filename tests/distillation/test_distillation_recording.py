@@ -12,7 +12,6 @@ from ghostify.distillation.preflight import explained
 from ghostify.distillation.processes import Processes
 from ghostify.distillation.recording import Recorded, check_recording
 from ghostify.errors import OptionError, TrainingError
-from ghostify.tracing.running import full_precision, unmarked
 
 GPU = torch.device("cuda")
 
@@ -43,13 +42,13 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 2))
 
 
-def test_batches_of_the_first_ones_size_are_replayed_and_others_run(replays):
+def test_batches_of_the_largest_size_are_replayed_and_smaller_ones_run(replays):
     plain, model = network(), network()
     recorded = Recorded(model)
-    for count in (6, 6, 2, 6):
+    for count in (2, 6, 6, 2, 6):
         images = torch.randn(count, 3, 8, 8)
         assert torch.equal(recorded(images), plain(images))
-    assert replays == [6, 6, 6]
+    assert replays == [2, 6, 6, 6]  # what comes first may be the rest of an epoch
     for name, value in plain.state_dict().items():  # the norm has seen every batch once
         assert torch.equal(model.state_dict()[name], value), name
     assert torch.is_autocast_cache_enabled()
@@ -103,47 +102,84 @@ def test_what_cannot_be_recorded_is_told_as_such(monkeypatch):
         network()(images[:, :2])
 
 
+class Replaces(nn.Module):
+    """Puts another tensor in the place of a buffer, which no replay would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = network()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count = self.count + 1
+        return self.inside(x)
+
+
+def test_a_buffer_that_is_replaced_cannot_be_recorded(replays):
+    with pytest.raises(OptionError, match=r"what Replaces does cannot be recorded .*buffer 'count'"):
+        Recorded(Replaces())(torch.zeros(2, 3, 8, 8))
+
+
+def test_a_lack_of_memory_is_told_as_such(monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        Recorded(network())(torch.zeros(2, 3, 8, 8))
+
+
 def test_only_one_process_with_a_gpu_records():
     config = DistillConfig(cuda_graphs=True)
     check_recording(config, Processes(), GPU)
     with pytest.raises(OptionError, match="cuda_graphs=True with 2 processes"):
         check_recording(config, Processes(0, 2), GPU)
-    images = [torch.randn(4, 3, 8, 8)]
+    teacher = network()
+    teacher.register_forward_pre_hook(lambda *_: pytest.fail("work was begun"))
     with pytest.raises(OptionError, match="cuda_graphs=True: student is on cpu"):
-        distill(network(), teacher=network(), data=images, epochs=1, config=config)
+        distill(network(), teacher=teacher, data=[torch.randn(4, 3, 8, 8)], epochs=1, config=config)
 
 
 def test_weights_lie_channels_last_for_a_while():
     model = network()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weight = model[0].weight
+    before, place = weight.detach().clone(), weight.data_ptr()
+    known = model.state_dict()["0.weight"]
     with laid_out(model):
-        assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
-        assert not model[0].weight.is_contiguous()
-    assert model[0].weight.is_contiguous()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()
+        assert torch.equal(weight, before)
+        with torch.no_grad():
+            weight.add_(1)
+    assert weight.is_contiguous()
+    assert weight.data_ptr() == place
+    assert torch.equal(weight, before + 1)
+    assert torch.equal(known, before + 1)  # it shares the memory
     model.to(memory_format=torch.channels_last)
     with laid_out(model):
         pass
-    assert not model[0].weight.is_contiguous()  # as it was
+    assert not weight.is_contiguous()  # as it was
 
 
-def test_a_model_is_run_in_full_precision():
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [kind.fp32_precision for kind in kinds]
-    with unmarked(network()):
-        assert [kind.fp32_precision for kind in kinds] == ["ieee", "ieee"]
-        with full_precision():
-            pass
-        assert [kind.fp32_precision for kind in kinds] == ["ieee", "ieee"]
-    assert [kind.fp32_precision for kind in kinds] == before
-    assert torch.backends.cudnn.allow_tf32 == (before[0] != "ieee")
+def test_weights_that_share_memory_stay():
+    tied, whole, views = network(), torch.zeros(2, 4, 3, 3, 3), network()
+    other = network()
+    other[0].weight = nn.Parameter(tied[0].weight.data)
+    views[0].weight = nn.Parameter(whole[1])
+    with laid_out(tied, other, views):
+        assert all(model[0].weight.is_contiguous() for model in (tied, other, views))
 
 
-def test_random_numbers_drawn_by_a_model_count_for_nothing():
-    model = network()
-    torch.manual_seed(5)
-    with unmarked(model):
-        torch.rand(3)
-    drawn = torch.rand(1)
-    torch.manual_seed(5)
-    assert torch.equal(drawn, torch.rand(1))
+def test_a_layout_is_given_back_after_an_error(monkeypatch):
+    model, plain, calls = nn.Sequential(network(), nn.Conv2d(3, 4, 3)), torch.Tensor.contiguous, []
+
+    def contiguous(tensor, **options):
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+    with pytest.raises(torch.OutOfMemoryError), laid_out(model):
+        pytest.fail("there was no memory")
+    assert all(weight.is_contiguous() for weight in (model[0][0].weight, model[1].weight))

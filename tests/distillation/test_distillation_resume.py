@@ -333,3 +333,14 @@ def test_only_two_states_are_kept_and_a_state_says_everything(tmp_path: Path) ->
     progress, tensors = read_state(tmp_path, {"lr": 0.1})
     assert progress == Progress(epoch=3, step=3)
     assert tensors["a"].tolist() == [0, 1, 2]
+
+
+def test_a_state_of_an_earlier_version_is_gone_on_from(tmp_path, caplog) -> None:
+    write_state(tmp_path, Progress(epoch=2, step=1), {}, {"lr": 0.1})
+    for graphs in (False, True):
+        progress, _ = read_state(tmp_path, {"lr": 0.1, "cuda_graphs": graphs})
+        assert progress.epoch == 2
+    assert not caplog.text
+    write_state(tmp_path, Progress(epoch=3, step=1), {}, {"lr": 0.1, "cuda_graphs": True})
+    read_state(tmp_path, {"lr": 0.1, "cuda_graphs": False})
+    assert "from here on cuda_graphs=False; the run was begun with True" in caplog.text

@@ -149,6 +149,7 @@ def test_layers_are_a_tuple_and_settings_are_json() -> None:
         ({"cuda_graphs": "yes"}, "cuda_graphs='yes' must be True or False"),
         ({"cuda_graphs": True, "compile": True}, "cuda_graphs=True with compile=True"),
         ({"cuda_graphs": True, "features": "sites"}, "cuda_graphs=True with features='sites'"),
+        ({"cuda_graphs": True, "accumulate": 2}, "cuda_graphs=True with accumulate=2"),
         ({"patience": 0}, "patience=0 must be a whole number of at least 1"),
         ({"patience": 2.0}, "patience=2.0"),
         ({"optimizer": "adamw"}, "lr=0.05 with optimizer='adamw'.*lr=0.001"),

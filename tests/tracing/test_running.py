@@ -1,0 +1,47 @@
+"""A model is run, and all around it is as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+import ghostify
+from ghostify.nn.cifar import CifarResNet
+from ghostify.tracing import running
+from ghostify.tracing.running import full_precision, unmarked
+
+NETWORK = nn.Linear(2, 2)
+
+
+def test_a_model_on_a_gpu_is_run_in_full_precision(monkeypatch):
+    with unmarked(NETWORK):
+        assert torch.backends.cudnn.allow_tf32  # nothing to do
+    monkeypatch.setattr(running, "gpus", lambda *models: [0])
+    with full_precision(NETWORK):
+        assert not torch.backends.cudnn.allow_tf32
+        with full_precision(NETWORK):
+            pass
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    conv = torch.backends.cudnn.conv
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")  # torch's other switch
+    with full_precision(NETWORK):
+        assert conv.fp32_precision == "ieee"
+    assert conv.fp32_precision == "tf32"
+
+
+def test_random_numbers_drawn_by_a_model_count_for_nothing():
+    torch.manual_seed(5)
+    with unmarked(NETWORK):
+        torch.rand(3)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+@pytest.mark.parametrize("initialiser", ["random", "first", "alternating"])
+def test_no_gpu_that_a_model_is_not_on_is_seeded(monkeypatch, initialiser):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("all GPUs were seeded"))
+    model, images = CifarResNet(1).eval(), torch.randn(16, 3, 16, 16)
+    small = ghostify.convert(model, ratio=2, calibration=images, initialiser=initialiser)
+    ghostify.plan(model, budget={"macs": 0.8}, sensitivity="measured", calibration=images)
+    ghostify.fold(small, example_inputs=images[:2])
