@@ -121,7 +121,7 @@ def laid_out(*models: nn.Module, wanted: bool = True) -> Iterator[None]:
 
 
 def _with_own_memory(models: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Contiguous weights of four dimensions in whose memory there is nothing else."""
+    """Contiguous weights of four dimensions that can be written to, and in whose memory there is nothing else."""
     parameters = {id(p): p for model in models for p in model.parameters()}
     tensors = [*parameters.values(), *(buffer for model in models for buffer in model.buffers())]
     users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
@@ -130,6 +130,7 @@ def _with_own_memory(models: Iterable[nn.Module]) -> list[nn.Parameter]:
         for p in parameters.values()
         if p.dim() == 4
         and p.is_contiguous()
+        and not p.is_inference()
         and users[p.untyped_storage().data_ptr()] == 1
         and p.untyped_storage().nbytes() == p.numel() * p.element_size()
     ]

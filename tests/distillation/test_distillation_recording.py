@@ -161,7 +161,11 @@ def test_weights_lie_channels_last_for_a_while():
     assert not weight.is_contiguous()  # as it was
 
 
-def test_weights_that_share_memory_stay():
+def test_weights_that_share_memory_or_cannot_be_written_to_stay():
+    with torch.inference_mode():
+        teacher = network()
+    with laid_out(teacher):
+        assert teacher[0].weight.is_contiguous()
     tied, whole, views = network(), torch.zeros(2, 4, 3, 3, 3), network()
     other = network()
     other[0].weight = nn.Parameter(tied[0].weight.data)
