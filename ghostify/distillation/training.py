@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,10 @@ def distill(
     if val is None and config.patience is not None:
         raise OptionError(f"patience={config.patience} needs validation data. Pass val, or patience=None.")
     processes = launched(device)
+    # Settled before it is written down: where the run goes on, a machine that computes otherwise is told of.
+    config = replace(config, precision=settled_precision(config.precision, device))
     check_recording(config, processes, device)
-    reader = Reader(device, parameter.dtype, config.channels_last, settled_precision(config.precision, device))
+    reader = Reader(device, parameter.dtype, config.channels_last, config.precision)
     states = (
         None if folder is None else States(folder, student, teacher, epochs, steps_per_epoch, batches_of_val, config)
     )

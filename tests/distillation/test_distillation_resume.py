@@ -311,6 +311,14 @@ def test_a_loader_with_a_generator_of_its_own_goes_on(tmp_path: Path, sampled: b
     assert same(run(tmp_path / "run", Interrupting(loader(), 9, 9), resume=True), whole)
 
 
+def test_a_machine_that_computes_otherwise_is_told_of(tmp_path, caplog, monkeypatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupted(batches(), 2, 3, stop), config=DistillConfig(precision="fp32"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    run(tmp_path, batches(), resume=True, config=DistillConfig(precision="auto"))
+    assert "from here on precision='bf16'; the run was begun with 'fp32'" in caplog.text
+
+
 def test_other_data_are_told_of_when_a_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Interrupted(batches(), 2, 3, stop))
