@@ -139,6 +139,7 @@ METHODS: dict[str, Callable[[Case, nn.Module, Tensor], nn.Module]] = {
     "pruned": without_channels,
 }
 WITH_FUSION = ("ghost", "undistilled", "labels", "random")
+OF_GHOST_UNITS = (*WITH_FUSION, "planned")
 BY_LABELS = ("teacher", "labels")
 
 
@@ -155,9 +156,9 @@ def run(case: Case, options: argparse.Namespace) -> Row:
     teacher.to(options.device)
     images = data.train.sample(case.images)  # type: ignore[attr-defined]
 
-    clock = time.perf_counter()
-    student = METHODS[case.method](case, teacher, images).to(options.device)
-    row: Row = {**asdict(case), "start_seconds": time.perf_counter() - clock}
+    student, seconds = begun_with(case, teacher, images, folder)
+    student.to(options.device)
+    row: Row = {**asdict(case), "start_seconds": seconds}
     row |= {"params": count_params(student), "macs": count_macs(student, images[:1]).macs}
     if case.epochs:
         row |= trained(case, student, teacher, data, folder, progress=None if options.side_by_side == 1 else False)
@@ -167,6 +168,20 @@ def run(case: Case, options: argparse.Namespace) -> Row:
         write_weights(weights_file(options.out, case.network), snapshot(student))
     write(folder / "row.json", row)
     return row
+
+
+def begun_with(case: Case, teacher: nn.Module, images: Tensor, folder: Path) -> tuple[nn.Module, float]:
+    """The student before its training, and the seconds that it took; Ghost units are made once, and then read again."""
+    kept, told = folder / "start", folder / "start.json"
+    if told.is_file():
+        return ghostify.load(kept, base=teacher), json.loads(told.read_text(encoding="utf-8"))["seconds"]
+    clock = time.perf_counter()
+    student = METHODS[case.method](case, teacher, images)
+    seconds = time.perf_counter() - clock
+    if case.method in OF_GHOST_UNITS:
+        ghostify.save(student, kept)
+        write(told, {"seconds": seconds})
+    return student, seconds
 
 
 def rows_of(some: list[Case], options: argparse.Namespace) -> Iterator[Row]:
