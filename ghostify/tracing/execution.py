@@ -32,13 +32,17 @@ def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any)
     values: dict[fx.Node, Any] = {}
     dying = last_uses(list(graph.nodes))
     example = example.to(model)
+    buffers = list(model.buffers())
     with unmarked(model), torch.inference_mode(False), torch.no_grad():
+        unchanged = list(_versions(buffers))
         seed_torch(0, model)  # as in a run of the model
         for node in graph.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             read = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
             before = list(_versions(read))
             if node.op == "output":
+                if unchanged != list(_versions(buffers)):
+                    return "it changes buffers, which several batches on their way through it cannot share"
                 parted = difference(args[0], outputs) if same_shapes(args[0], outputs) else "other shapes"
                 return f"its graph gives other outputs than the run ({parted})" if parted else ""
             try:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ghostify.errors import TraceError
 from ghostify.spec import Chain
 from ghostify.tracing.example import leaves_in
-from ghostify.tracing.running import unmarked
+from ghostify.tracing.running import own_random_state, seed_torch, unmarked
 from ghostify.tracing.sites import has_hooks
 
 # Activations that act on every number alone and have no parameters: they may be copied.
@@ -42,8 +44,6 @@ CHANGES_INPUT = "changes_input"
 HANDED_OUT = "handed_out"
 # And what the forward makes of nothing, such as a tensor of means that it takes off: the model does not hold it.
 _CONSTANT = "constant"
-# Beside it, whether it may be made of what the model does hold.
-_DERIVED = "derived"
 _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
@@ -85,39 +85,61 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
     Raises:
         Exception: Whatever FX raises where it cannot trace (control flow on data, say).
     """
+    try:
+        return _traced(model, arguments, training=training, buffers=True)[0]
+    except Exception:  # whatever FX or the forward raises where a number is asked for
+        return _traced(model, arguments, training=training, buffers=False)[0]
+
+
+def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool = False, seed: int = 0) -> fx.Graph:
+    """Trace a model whose graph is to stand in its place: what the graph does must be all that the forward does.
+
+    Args:
+        model: The model.
+        arguments: As in [trace_graph][ghostify.tracing.graph.trace_graph].
+        training: The same.
+        seed: For what the forward draws while it is traced, as it would stay in the graph.
+
+    Raises:
+        TraceError: The forward leaves something on the model, such as a count.
+        Exception: Whatever FX raises where it cannot trace, also where a buffer decides what is done.
+    """
+    with own_random_state(model):
+        seed_torch(seed, model)
+        graph, left = _traced(model, arguments, training=training, buffers=True)
+    if left:
+        raise TraceError(f"the forward changes {left[0]}")
+    return graph
+
+
+def _traced(
+    model: nn.Module, arguments: Collection[str], *, training: bool, buffers: bool
+) -> tuple[fx.Graph, list[str]]:
+    """The graph, and the names of attributes that the forward leaves changed, which is in no graph."""
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()
         if name not in arguments and parameter.default is not inspect.Parameter.empty
     }
-
-    def traced(*, buffers: bool) -> fx.Graph:
-        with unmarked(model), torch.inference_mode(False), torch.enable_grad():
-            for module in model.modules():
-                module.training = training
-            held = set(vars(model))
-            with _noted_results(model):
-                graph = _Tracer(model, buffers=buffers).trace(model, concrete_args=defaults or None)
-            hung = {name: value for name, value in vars(model).items() if name not in held}
-            _note_constants(graph, hung, buffers=not buffers)
-        return graph
-
-    try:
-        return traced(buffers=True)
-    except Exception:  # whatever FX or the forward raises where a number is asked for
-        return traced(buffers=False)
+    with unmarked(model) as left, torch.inference_mode(False), torch.enable_grad():
+        for module in model.modules():
+            module.training = training
+        held = set(vars(model))
+        with _noted_results(model):
+            graph = _Tracer(model, buffers=buffers).trace(model, concrete_args=defaults or None)
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        hung = {name: value for name, value in vars(model).items() if name not in held and name in read}
+        _note_constants(graph, hung)
+        mine = {f"{type(model).__name__}.{name}" for name in hung}
+        return graph, [name for name in left() if name not in mine]
 
 
-def _note_constants(graph: fx.Graph, hung: Mapping[str, Any], *, buffers: bool) -> None:
-    """Note what FX has hung on the model in the node that reads it: one alone, as a run makes such a tensor once.
-
-    What was made of a parameter has a gradient; ``buffers`` tells whether it may be made of those.
-    """
+def _note_constants(graph: fx.Graph, hung: Mapping[str, Any]) -> None:
+    """Note what FX has hung on the model in the node that reads it: one alone, as a run makes such a tensor once."""
     first: dict[str, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "get_attr" and (name := str(node.target)) in hung:
             node.meta[_CONSTANT] = hung[name]
-            node.meta[_DERIVED] = buffers or (isinstance(hung[name], Tensor) and hung[name].requires_grad)
             if first.setdefault(name, node) is not node:
                 node.replace_all_uses_with(first[name])
                 graph.erase_node(node)
@@ -128,9 +150,20 @@ def is_constant(node: fx.Node) -> bool:
     return isinstance(node.meta.get(_CONSTANT), Tensor)
 
 
-def is_derived(node: fx.Node) -> bool:
-    """Whether such a tensor may be made of parameters or buffers, whose changes the graph would not see."""
-    return bool(node.meta.get(_DERIVED))
+def same_steps(graph: fx.Graph, other: fx.Graph) -> bool:
+    """Whether two graphs do the same, one node after the other, with the same tensors that they make of nothing."""
+    pairs = list(zip_longest(graph.nodes, other.nodes))
+    return all(one is not None and two is not None and _same_step(one, two) for one, two in pairs)
+
+
+def _same_step(one: fx.Node, two: fx.Node) -> bool:
+    steps = [(node.op, node.target, str((node.args, node.kwargs)), _CONSTANT in node.meta) for node in (one, two)]
+    if steps[0] != steps[1]:
+        return False
+    made, again = one.meta.get(_CONSTANT), two.meta.get(_CONSTANT)
+    if isinstance(made, Tensor) and isinstance(again, Tensor):
+        return made.dtype == again.dtype and made.layout == again.layout and torch.equal(made, again)
+    return made is again
 
 
 def attribute(node: fx.Node, model: nn.Module) -> Any:

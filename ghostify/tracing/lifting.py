@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ghostify.tracing.graph import attribute, is_constant, is_derived, trace_graph
+from ghostify.errors import TraceError
+from ghostify.tracing.graph import attribute, is_constant, same_steps, trace_all
+from ghostify.tracing.running import unmarked
+from ghostify.tracing.sites import has_hooks
 
 _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d,
@@ -29,14 +35,36 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
+class _Retracer(fx.Tracer):
+    """Reads a pickled graph again: torch traces the code that it was written as."""
+
+    proxy_buffer_attributes = True
+
+
 class LiftedModel(fx.GraphModule):
-    """A model as a graph whose functional convolutions are modules; its copies keep attributes that the graph lacks."""
+    """A model as a graph whose functional convolutions are modules; copies and pickles keep what the graph lacks."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         made = super().__deepcopy__(memo)
         for name in vars(self).keys() - vars(made).keys():
             setattr(made, name, copy.deepcopy(vars(self)[name], memo))
+        _keep_out_of_state(made, self)
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kept_out = {name: module._non_persistent_buffers_set for name, module in self.named_modules()}
+        return _unpickled, (*super().__reduce__()[1], type(self).__name__, kept_out)
+
+
+def _unpickled(body: dict[str, Any], imports: str, kind: str, kept_out: dict[str, set[str]]) -> LiftedModel:
+    read: Any = reduce_graph_module(body, imports)
+    made = LiftedModel(read, read.graph, kind)
+    for name in vars(read).keys() - vars(made).keys():
+        setattr(made, name, vars(read)[name])
+    _hold_all(made, read)
+    for name, module in made.named_modules():
+        module._non_persistent_buffers_set = kept_out.get(name, set())
+    return made
 
 
 def lift_functions(
@@ -53,10 +81,12 @@ def lift_functions(
         arguments: What the example gives, as in [trace_graph][ghostify.tracing.graph.trace_graph].
 
     Returns:
-        The new model and the names of its new convolutions; ``None`` if there is nothing to lift, or if a
-        graph would not do in training what the model does, or not hold all that the model holds.
+        The new model and the names of its new convolutions; ``None`` if there is nothing to lift.
+
+    Raises:
+        TraceError: A graph would not do what the model does in training, or with other values in its state.
     """
-    lifted = fx.Graph()
+    lifted = fx.Graph(tracer_cls=_Retracer)
     lifted.output(lifted.graph_copy(graph, {}))
     taken = {str(node.target) for node in lifted.nodes if node.op == "call_module"}
     reads = Counter(str(node.target) for node in lifted.nodes if node.op == "get_attr")
@@ -75,8 +105,10 @@ def lift_functions(
                 node.replace_all_uses_with(call)
                 for dead in (node, *filter(None, read)):
                     lifted.erase_node(dead)
-    if not made or any(map(is_derived, graph.nodes)) or not _same_in_training(model, graph, arguments):
+    if not made:
         return None
+    _check_graph(model, graph, arguments)
+    _check_hooks(model, taken)
     for node in list(filter(is_constant, lifted.nodes)):  # made anew in every run: it may be changed there
         with lifted.inserting_after(node):
             fresh = lifted.call_method("clone", (node,))
@@ -84,6 +116,7 @@ def lift_functions(
     named = {str(node.target): node for node in lifted.nodes if node.op in ("call_module", "get_attr")}
     root = {target: attribute(named[target], model) for target in sorted(named.keys() - made.keys())}
     whole = LiftedModel({**root, **made}, lifted, type(model).__name__)
+    _hold_all(whole, model, {id(parameter) for conv in made.values() for parameter in conv.parameters()})
     known = set(model.modules())
     for module in whole.modules():
         if module not in known:  # what is shared with the model keeps its mode
@@ -91,14 +124,90 @@ def lift_functions(
     return whole, tuple(made)
 
 
-def _same_in_training(model: nn.Module, graph: fx.Graph, arguments: Collection[str]) -> bool:
-    """Whether the forward does the same in training: a graph holds the branches of one mode."""
+def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str]) -> None:
+    """See that the forward does the same in training, with other values in the model's state and other random numbers.
+
+    A graph holds the branches of one mode, and numbers that were computed while it was traced.
+
+    Raises:
+        TraceError: It does not.
+    """
     try:
-        training = trace_graph(model, arguments, training=True)
-    except Exception:  # whatever FX or the model's own code raises
-        return False
-    steps = ([(node.op, node.target, str((node.args, node.kwargs))) for node in one.nodes] for one in (graph, training))
-    return next(steps) == next(steps)
+        with _other_values(model):
+            other = trace_all(model, arguments, training=True, seed=1)
+    except TraceError:
+        raise
+    except Exception as error:  # whatever FX or the model's own code raises
+        lines = str(error).strip().splitlines() or [""]
+        raise TraceError(f"with buffers as a part of the graph it cannot be traced ({lines[0]})") from error
+    if not same_steps(graph, other):
+        raise TraceError("what it does depends on the mode, on values in its state, or on chance")
+
+
+@contextmanager
+def _other_values(model: nn.Module) -> Iterator[None]:
+    """While it is open all parameters and buffers have other values."""
+    others: dict[int, Tensor] = {}
+    with unmarked(model), torch.no_grad():  # which gives back what these dictionaries held
+        for module in model.modules():
+            for home in (module._parameters, module._buffers):
+                for name, value in home.items():
+                    if value is not None:
+                        home[name] = others.setdefault(id(value), _other_value(value))  # type: ignore[assignment]
+        yield
+
+
+def _other_value(tensor: Tensor) -> Tensor:
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    value = ~tensor if tensor.dtype == torch.bool else tensor * 1.5 + 0.25 if numbers else tensor + 1
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _check_hooks(model: nn.Module, taken: Collection[str]) -> None:
+    """See that nothing looks on when a module is called that the graph does not call.
+
+    Raises:
+        TraceError: Something does.
+    """
+    for name, module in model.named_modules():
+        inside = any(name == called or name.startswith(f"{called}.") for called in taken)
+        if not inside and has_hooks(module):
+            raise TraceError(f"{f'module {name!r}' if name else 'the model itself'} carries hooks")
+
+
+def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int] = ()) -> None:
+    """Give a graph what of the model's state it does not read, under the same names.
+
+    Args:
+        made: The graph; it gets the model's own modules and tensors.
+        model: The model.
+        moved: The ids of parameters that have other names in the graph.
+    """
+    modules = dict(model.named_modules())
+    for name, value in _named_state(model):
+        *path, last = name.split(".")
+        home, place = made, ""
+        for part in path if id(value) not in moved else ():
+            place = f"{place}.{part}".lstrip(".")
+            if not hasattr(home, part):
+                whole = not any(id(parameter) in moved for parameter in modules[place].parameters())
+                setattr(home, part, modules[place] if whole else nn.Module())
+            home = getattr(home, part)
+        if id(value) not in moved and not hasattr(home, last):
+            setattr(home, last, value if isinstance(value, nn.Parameter) else nn.Buffer(value))
+    _keep_out_of_state(made, model)
+
+
+def _keep_out_of_state(made: nn.Module, model: nn.Module) -> None:
+    """Keep out of the state what the model keeps out of its own; torch's graphs forget it."""
+    modules = dict(model.named_modules())
+    for name, module in made.named_modules():
+        if name in modules:
+            module._non_persistent_buffers_set |= modules[name]._non_persistent_buffers_set & module._buffers.keys()
+
+
+def _named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Collection, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ def own_random_state(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[None]:
+def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[Callable[[], list[str]]]:
     """Put a model into evaluation mode, and undo afterwards whatever its forward left on it.
 
     A forward may count its calls in a buffer, keep its last input as an attribute, or put what it
@@ -60,28 +60,42 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[N
     Args:
         model: The model.
         but: Modules of it that stay as they become, but for their mode.
+
+    Yields:
+        What tells the names of the attributes that are others by now, or hold something else. Changes of a tensor's own
+        values are not among them.
     """
-    left = set(but)
-    modules = [module for module in model.modules() if module not in left]
+    apart = set(but)
+    modules = [module for module in model.modules() if module not in apart]
     attributes = [(module, dict(vars(module))) for module in modules]
     contents = [
-        (value, copy.copy(value))
-        for _, found in attributes
-        for value in found.values()
+        (f"{type(module).__name__}.{name}", value, copy.copy(value))
+        for module, found in attributes
+        for name, value in found.items()
         if isinstance(value, MutableMapping | MutableSequence | MutableSet)
     ]
     buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]
+
+    def left() -> list[str]:
+        others = [name for name, container, content in contents if not _holds(container, content)]
+        for module, found in attributes:
+            now = {name: value for name, value in vars(module).items() if name != "training"}
+            changed = [name for name, value in now.items() if name not in found or found[name] is not value]
+            others += [f"{type(module).__name__}.{name}" for name in (*changed, *(found.keys() - vars(module).keys()))]
+        return others
+
     try:
         with evaluating(model), full_precision(model), own_random_state(model):
-            yield
+            yield left
     finally:
         for module, found in attributes:
             for name in vars(module).keys() - found.keys():
                 del module.__dict__[name]
             module.__dict__.update(found)
-        for container, content in contents:
-            _restore(container, content)
+        for _, container, content in contents:
+            if not _holds(container, content):
+                _restore(container, content)
         with torch.no_grad():
             for buffer, value in values:
                 put_back(buffer, value)
@@ -100,6 +114,12 @@ def full_precision(*models: nn.Module) -> Iterator[None]:
     home, name, exact = _switch_of_tf32()
     before = getattr(home, name)
     setattr(home, name, exact)
+    cudnn: Any = torch.backends.cudnn
+    for kind in (cudnn.conv, cudnn.rnn) if home is cudnn else ():
+        if (
+            kind.fp32_precision == "tf32"
+        ):  # as a switch for all of cuDNN or torch says; what is set back takes this along
+            kind.fp32_precision = "ieee"
     try:
         yield
     finally:
@@ -122,16 +142,21 @@ def put_back(buffer: Tensor, value: Tensor) -> None:
         buffer.copy_(value)
 
 
-def _restore(container: Any, content: Any) -> None:
-    """Put back what a container held; one that still holds it is not touched."""
+def _holds(container: Any, content: Any) -> bool:
+    """Whether a container holds the very things that it held."""
     if isinstance(container, MutableSequence):
-        if len(container) != len(content) or any(a is not b for a, b in zip(container, content, strict=True)):
-            container.clear()  # not by a slice, which a deque does not know
-            container.extend(content)
+        return len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
+    if isinstance(container, MutableMapping):
+        return container.keys() == content.keys() and all(container[key] is value for key, value in content.items())
+    return bool(container == content)
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Put back what a container held."""
+    container.clear()  # not by a slice, which a deque does not know
+    if isinstance(container, MutableSequence):
+        container.extend(content)
     elif isinstance(container, MutableMapping):
-        if container.keys() != content.keys() or any(container[key] is not value for key, value in content.items()):
-            container.clear()
-            container.update(content)
-    elif container != content:
-        container.clear()
+        container.update(content)
+    else:
         container |= content

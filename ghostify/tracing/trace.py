@@ -6,6 +6,7 @@ convolution comes from the graph; where there is none, the facts say so and noth
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -96,15 +97,27 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     calls, unusual, outputs, count = _record(model, convolutions, example)
     arguments = example.names(model)
     graph, note = _graph_or_reason(model, arguments, convolutions, calls, example, outputs)
-    if lift and graph is not None and (lifted := lift_functions(model, graph, arguments)) is not None:
-        facts = trace(lifted[0], example, lift=False)
-        if not difference(facts.outputs, outputs):
-            unlifted = trace(model, example, lift=False) if convolutions else None
-            return replace(facts, lifted=lifted[1], unlifted=unlifted, arguments=arguments)
+    stays = ""  # why what is called as a function does
+    if lift and graph is not None:
+        try:
+            lifted = lift_functions(model, graph, arguments)
+        except TraceError as error:
+            lifted, stays = None, str(error)
+        if lifted is not None:
+            facts = trace(lifted[0], example, lift=False)
+            if not difference(facts.outputs, outputs):
+                unlifted = trace(model, example, lift=False) if convolutions else None
+                return replace(facts, lifted=lifted[1], unlifted=unlifted, arguments=arguments)
+            stays = "a graph gives other outputs"
     if not convolutions:
         raise PlanError(
             f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
             "ghostify converts networks that hold torch.nn.Conv1d, Conv2d or Conv3d modules, transposed or not."
+            + (f" What it calls as functions cannot be made modules: {stays}." if stays else "")
+        )
+    if stays:
+        warnings.warn(
+            f"convolutions that {type(model).__name__} calls as functions stay as they are: {stays}", stacklevel=2
         )
     nodes = _nodes_by_module(graph)
     owners = parameter_owners(model)
@@ -140,6 +153,11 @@ def lifted_as(model: nn.Module, arguments: Collection[str]) -> tuple[nn.Module, 
     """
     try:
         lifted = lift_functions(model, trace_graph(model, arguments), arguments)
+    except TraceError as error:
+        raise TraceError(
+            f"convolutions that {type(model).__name__} calls as functions cannot be made modules: {error}. "
+            "Pass the model that was planned."
+        ) from error
     except Exception as error:  # whatever FX or the model's own code raises
         raise TraceError(
             f"FX cannot trace {type(model).__name__}: {type(error).__name__}: {error}. Pass the model that was planned."

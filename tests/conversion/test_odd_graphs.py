@@ -1,5 +1,7 @@
 """Models whose torch.fx graph parts from what they compute, or holds what they do not."""
 
+import copy
+import pickle
 import types
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 import ghostify
 from ghostify.conversion import INITIALISERS
+from ghostify.errors import PlanError
 from ghostify.tracing import trace
 from ghostify.tracing.execution import run_graph
 
@@ -213,15 +216,141 @@ class DropsInTraining(CallsAFunction):
         return self.body(F.dropout(x, 0.1, self.training))
 
 
-@pytest.mark.parametrize("kind", [ChoosesByABuffer, ScalesByName, BranchesInTraining, DropsInTraining])
+class ScalesByANumber(TakesOffItsMean):
+    def forward(self, x):
+        return super().forward(x * float(self.mean[-1]))
+
+
+class ReadsWithoutAName(TakesOffItsMean):
+    def forward(self, x):
+        return self.body(x - self._buffers["mean"].view(1, -1, 1, 1))
+
+
+class Counts(TakesOffItsMean):
+    def forward(self, x):
+        self.mean = self.mean * 0.9
+        return self.body(x)
+
+
+class Remembers(CallsAFunction):
+    def forward(self, x):
+        self.seen = x.mean()
+        return self.body(x)
+
+
+class MakesAnotherInTraining(CallsAFunction):
+    def forward(self, x):
+        return self.body(x + torch.tensor(5.0 if self.training else 1.0))
+
+
+class DrawsInTraining(CallsAFunction):
+    def forward(self, x):
+        noise = torch.randn(1, 8, 1, 1) if self.training else torch.zeros(1, 8, 1, 1)
+        return self.body(x + noise)
+
+
+class IsWatched(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.register_forward_hook(lambda module, args, output: None)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (ChoosesByABuffer, "with buffers as a part of the graph it cannot be traced"),
+        (ScalesByANumber, "with buffers as a part of the graph it cannot be traced"),
+        (ScalesByName, "what it does depends on"),
+        (ReadsWithoutAName, "what it does depends on"),
+        (Counts, "the forward changes Counts._buffers"),
+        (Remembers, "the forward changes Remembers.seen"),
+        (BranchesInTraining, "what it does depends on"),
+        (DropsInTraining, "what it does depends on"),
+        (MakesAnotherInTraining, "what it does depends on"),
+        (DrawsInTraining, "what it does depends on"),
+        (IsWatched, "the model itself carries hooks"),
+    ],
+)
 @torch.no_grad()
-def test_nothing_is_lifted_where_a_graph_would_lose_what_the_model_holds_or_does(kind):
+def test_nothing_is_lifted_where_a_graph_would_lose_what_the_model_holds_or_does(kind, reason):
     model = made(kind)
-    small = converted(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(
+        UserWarning, match=f"convolutions that {kind.__name__} calls as functions stay as they .*{reason}"
+    ):
+        small = converted(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert small.ghostify_plan.trace_way == "fx"
     assert not small.ghostify_plan.lifted
-    assert {name for name, _ in model.named_buffers()} <= {name for name, _ in small.named_buffers()}
+    held = dict(small.named_buffers())
+    assert {name for name, _ in model.named_buffers()} <= held.keys()
     assert {name for name, _ in model.named_parameters() if "c2" not in name} <= dict(small.named_parameters()).keys()
+
+
+def test_a_model_of_functions_alone_is_told_why_it_cannot_be_converted():
+    class OnlyFunctions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 8, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight * 1 if self.training else self.weight)
+
+    with pytest.raises(PlanError, match=r"has no convolution module.*cannot be made modules: what it does depends on"):
+        ghostify.plan(OnlyFunctions(), example_inputs=X)
+
+
+class HoldsMore(TakesOffItsMean):
+    """Some of it is not read, one buffer is known by two names, and one is no part of the state."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.mean
+        self.register_buffer("classes", torch.arange(5))
+        self.register_buffer("shift", torch.ones(8), persistent=False)
+        self.extra = nn.ModuleDict({"head": nn.Conv2d(3, 3, 1)})
+
+    def forward(self, x):
+        start = torch.zeros(1, 8, 1, 1)
+        start.add_(x.mean((0, 2, 3), keepdim=True))
+        return super().forward(x + start + self.shift.view(1, -1, 1, 1))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_is_lifted_is_whole_and_stays_so_in_copies_and_pickles(tmp_path, way):
+    model = made(HoldsMore)
+    small = converted(model)
+    assert small.ghostify_plan.lifted
+    assert model.state_dict().keys() - small.state_dict().keys() == {"weight", "c2.weight", "c2.bias"}
+    assert "shift" not in small.state_dict()
+    again = way(small)
+    assert type(again).__name__ == type(small).__name__
+    assert again.state_dict().keys() == small.state_dict().keys()
+    for _ in range(2):
+        assert torch.equal(again(X), small(X))
+    other = {name: value + value.is_floating_point() for name, value in small.state_dict().items()}
+    for copied in (again, small):
+        copied.load_state_dict(other)
+    assert torch.equal(again(X), small(X))
+    ghostify.save(again, tmp_path / "small")
+    assert torch.equal(ghostify.load(tmp_path / "small", base=made(HoldsMore)).eval()(X), small(X))
+
+
+def test_batches_do_not_share_a_buffer_that_the_forward_writes_to():
+    class Centres(Base):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x):
+            return self.body(x - self.mean.copy_(x.mean((0, 2, 3))).view(1, -1, 1, 1))
+
+    model = made(Centres)
+    assert trace(model, X).note.startswith("it changes buffers")
+    assert not model.mean.any()
 
 
 class HasSuchAName(CallsAFunction):

@@ -29,6 +29,38 @@ def test_a_model_on_a_gpu_is_run_in_full_precision(monkeypatch):
     assert conv.fp32_precision == "tf32"
 
 
+@pytest.mark.parametrize("home", [torch.backends, torch.backends.cudnn])
+def test_full_precision_is_full_where_a_switch_for_all_says_otherwise(monkeypatch, home):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(running, "gpus", lambda *models: [0])
+    monkeypatch.setattr(home, "fp32_precision", "tf32")
+    with full_precision(NETWORK):
+        assert cudnn.conv.fp32_precision == "ieee"
+        with cudnn.flags(enabled=False):  # as a model may do
+            pass
+    assert cudnn.conv.fp32_precision == cudnn.rnn.fp32_precision == "tf32"
+    assert cudnn.allow_tf32
+
+
+def test_what_a_forward_leaves_is_told():
+    class Leaves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.names, self.kept = [], {}, "kept"
+
+    model = Leaves()
+    with unmarked(model) as left:
+        assert left() == []
+        model.train()
+        assert left() == []
+        model.seen.append(1)
+        model.names["a"] = 1
+        model.new = model.kept
+        del model.kept
+        assert left() == ["Leaves.seen", "Leaves.names", "Leaves.new", "Leaves.kept"]
+    assert (model.seen, model.names, model.kept) == ([], {}, "kept")
+
+
 def test_random_numbers_drawn_by_a_model_count_for_nothing():
     torch.manual_seed(5)
     with unmarked(NETWORK):
