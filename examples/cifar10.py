@@ -275,7 +275,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             case = replace(case, epochs=0)
         if method not in WITH_FUSION:
             case = replace(case, fusion="concat")
-        yield replace(case, ratio=1.0) if method == "teacher" else case
+        # All students learn from one.
+        yield replace(case, ratio=1.0, seed=options.seeds[0]) if method == "teacher" else case
 
 
 def main() -> None:
@@ -300,6 +301,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("cifar10-run"))
     parser.add_argument("--report-only", action="store_true", help="run nothing, write the page")
     options = parser.parse_args()
+    if options.side_by_side < 1:
+        parser.error(f"--side-by-side {options.side_by_side}: at least one run at a time")
     torch.set_num_threads(options.threads)
     if options.report_only:
         write_page(options.out)

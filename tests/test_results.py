@@ -113,6 +113,17 @@ def test_a_teacher_is_trained_before_its_students(monkeypatch, tmp_path):
     ]
 
 
+def test_all_students_have_one_teacher(monkeypatch, tmp_path):
+    ran = asked(monkeypatch, tmp_path, "--network", "vgg16", "--method", "teacher", "--seeds", "1", "2")
+    assert ran == ["vgg16-teacher-s1-30epochs-seed1"]
+
+
+def test_no_run_at_a_time_is_refused(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        asked(monkeypatch, tmp_path, "--side-by-side", "0")
+    assert "--side-by-side 0: at least one run at a time" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_run_again(monkeypatch, tmp_path):
     (tmp_path / "resnet20-ghost-s2-30epochs-seed0").mkdir()
     (tmp_path / "resnet20-ghost-s2-30epochs-seed0" / "row.json").write_text("{}")

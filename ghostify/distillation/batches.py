@@ -124,7 +124,7 @@ def _with_own_memory(models: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Contiguous weights of four dimensions that can be written to, and in whose memory there is nothing else."""
     parameters = {id(p): p for model in models for p in model.parameters()}
     tensors = [*parameters.values(), *(buffer for model in models for buffer in model.buffers())]
-    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided)
     return [
         p
         for p in parameters.values()

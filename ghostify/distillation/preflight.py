@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ghostify.distillation.batches import Batch, Reader, check_labels
 from ghostify.distillation.config import DistillConfig
@@ -45,6 +46,12 @@ def check_models(student: nn.Module, teacher: nn.Module, epochs: int, precision:
             "student is teacher: a model has nothing to learn from itself. "
             "Pass the converted model as student and the original as teacher."
         )
+    for role, model in (("student", student), ("teacher", teacher)):
+        lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise TrainingError(
+                f"{role}'s parameter {lazy[0]!r} is lazy and has no shape yet. Run {role} once on real inputs."
+            )
     parameters = dict(student.named_parameters())
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     if not trainable:
@@ -71,6 +78,21 @@ def check_models(student: nn.Module, teacher: nn.Module, epochs: int, precision:
     if len(devices) > 1:
         raise TrainingError(
             f"student and teacher lie on several devices: {', '.join(sorted(devices))}. Move both to one with .to(...)."
+        )
+
+
+def check_storable(student: nn.Module) -> None:
+    """See that the state of a student can be written to files.
+
+    Raises:
+        TrainingError: It cannot.
+    """
+    tensors = {name: value for name, value in student.state_dict().items() if isinstance(value, Tensor)}
+    sparse = [name for name, value in tensors.items() if value.layout is not torch.strided]
+    if sparse:
+        raise TrainingError(
+            f"student's state holds {sparse[0]!r}, a sparse tensor, which safetensors files do not know. Register it "
+            "with persistent=False, or pass out=None."
         )
 
 
@@ -217,4 +239,4 @@ def explained(role: str, inputs: Tensor, name: str) -> Iterator[None]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)

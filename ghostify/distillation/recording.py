@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,7 +58,7 @@ class Recorded:
             OptionError: What the network does cannot be recorded.
         """
         if self.recorded is None or inputs.numel() > self.recorded.numel():
-            self.recorded = inputs.clone()
+            self.recorded, self.replay = inputs.clone(), self.network  # the memory of a former recording is free
             self.replay = _recorded(self.network, self.recorded)
         alike = inputs.shape == self.recorded.shape and inputs.dtype == self.recorded.dtype
         return self.replay(inputs) if alike else self.network(inputs)
@@ -80,6 +81,7 @@ def _recorded(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any]:
     gc.collect()  # what holds on to an earlier backward pass of these weights, in a cycle, would spoil the recording
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a weight in half precision would be one of another step
+    stream, handled = torch.cuda.current_stream(), sys.exception()
     try:
         with own_random_state(network):
             replay: Callable[[Tensor], Any] = torch.cuda.make_graphed_callables(
@@ -88,7 +90,11 @@ def _recorded(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, ValueError) as error:  # as torch says that it cannot
-        first_line = next(iter(str(error).strip().splitlines()), "")
+        torch.cuda.set_stream(stream)  # torch stays on its own where a recording cannot be ended
+        first: BaseException = error  # what could not be recorded; that the end of it failed comes after that
+        while first.__context__ is not None and first.__context__ is not handled:
+            first = first.__context__
+        first_line = next(iter(str(first).strip().splitlines()), "")
         raise _unrecordable(network, first_line) from error
     finally:
         torch.set_autocast_cache_enabled(caching)
@@ -103,5 +109,6 @@ def _recorded(network: nn.Module, inputs: Tensor) -> Callable[[Tensor], Any]:
 
 def _unrecordable(network: nn.Module, reason: str) -> OptionError:
     return OptionError(
-        f"cuda_graphs=True: what {type(network).__name__} does cannot be recorded ({reason}). Pass cuda_graphs=False."
+        f"cuda_graphs=True: what {type(network).__name__} does cannot be recorded ({reason}). Pass cuda_graphs=False, "
+        "in a new process: a recording that failed can leave this one unable to use the GPU."
     )

@@ -207,8 +207,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 def weights_digest(model: nn.Module) -> str:
     """A short name for a model's weights: the same weights have the same."""
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return _digest("", {name: value.detach().cpu().contiguous() for name, value in tensors.items()})[:16]
+    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    dense = {name: value if value.layout is torch.strided else value.to_dense() for name, value in tensors.items()}
+    return _digest("", {name: value.contiguous() for name, value in dense.items()})[:16]
 
 
 def _flat(made_by: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ghostify.distillation.learning import Learner, synchronised_norms
 from ghostify.distillation.logs import RunLog
 from ghostify.distillation.loop import Loop
 from ghostify.distillation.optimisation import settled_precision
-from ghostify.distillation.preflight import check_batch, check_classes, check_models, first_batch
+from ghostify.distillation.preflight import check_batch, check_classes, check_models, check_storable, first_batch
 from ghostify.distillation.processes import Processes, begin_epoch, launched, read_epoch
 from ghostify.distillation.progress import progress_bar
 from ghostify.distillation.randomness import preserved_random_state
@@ -104,6 +104,8 @@ def distill(
 
     # What can be known beforehand is checked beforehand.
     check_models(student, teacher, epochs, config.precision)
+    if folder is not None:
+        check_storable(student)
     parameter = next(parameter for parameter in student.parameters() if parameter.requires_grad)
     device = parameter.device
     with preserved_random_state(device):  # what has no length is gone through, and may draw

@@ -16,6 +16,15 @@ from ghostify.errors import OptionError, TrainingError
 GPU = torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def streams(monkeypatch):
+    """The streams that were chosen."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the caller's")
+    monkeypatch.setattr(torch.cuda, "set_stream", chosen.append)
+    return chosen
+
+
 @pytest.fixture
 def replays(monkeypatch):
     """The sizes of the batches that were replayed."""
@@ -87,9 +96,12 @@ def test_nothing_holds_on_to_an_earlier_backward_pass(monkeypatch):
         gc.enable()
 
 
-def test_what_cannot_be_recorded_is_told_as_such(monkeypatch):
+def test_what_cannot_be_recorded_is_told_as_such(monkeypatch, streams):
     def fail(*_, **__):
-        raise RuntimeError("operation not permitted\nwhen a stream is captured")
+        try:
+            raise RuntimeError("operation not permitted\nwhen a stream is captured")
+        finally:  # as torch does where its recording was spoilt
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
     images = torch.zeros(2, 3, 8, 8)
@@ -98,6 +110,7 @@ def test_what_cannot_be_recorded_is_told_as_such(monkeypatch):
         explained("student", images, "data"),
     ):
         Recorded(network())(images)
+    assert streams == ["the caller's"]
     with pytest.raises(TrainingError, match="student does not run"), explained("student", images, "data"):
         network()(images[:, :2])
 
