@@ -91,7 +91,7 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
         return _traced(model, arguments, training=training, buffers=False)[0]
 
 
-def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool = False, seed: int = 0) -> fx.Graph:
+def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool, seed: int) -> fx.Graph:
     """Trace a model whose graph is to stand in its place: what the graph does must be all that the forward does.
 
     Args:
