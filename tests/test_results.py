@@ -115,7 +115,7 @@ def test_a_teacher_is_trained_before_its_students(monkeypatch, tmp_path):
 
 def test_all_students_have_one_teacher(monkeypatch, tmp_path):
     ran = asked(monkeypatch, tmp_path, "--network", "vgg16", "--method", "teacher", "--seeds", "1", "2")
-    assert ran == ["vgg16-teacher-s1-30epochs-seed1"]
+    assert ran == ["vgg16-teacher-s1-30epochs-seed0"]
 
 
 def test_no_run_at_a_time_is_refused(monkeypatch, tmp_path, capsys):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ghostify.distillation.batches import Batch, Reader, check_labels
 from ghostify.distillation.config import DistillConfig
@@ -47,11 +47,10 @@ def check_models(student: nn.Module, teacher: nn.Module, epochs: int, precision:
             "Pass the converted model as student and the original as teacher."
         )
     for role, model in (("student", student), ("teacher", teacher)):
-        lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+        state = (*model.named_parameters(), *model.named_buffers())
+        lazy = [name for name, value in state if isinstance(value, UninitializedParameter | UninitializedBuffer)]
         if lazy:
-            raise TrainingError(
-                f"{role}'s parameter {lazy[0]!r} is lazy and has no shape yet. Run {role} once on real inputs."
-            )
+            raise TrainingError(f"{role}'s {lazy[0]!r} is lazy and has no shape yet. Run {role} once on real inputs.")
     parameters = dict(student.named_parameters())
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     if not trainable:

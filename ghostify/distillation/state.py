@@ -141,7 +141,7 @@ def read_state(folder: Path, made_by: dict[str, Any]) -> tuple[Progress, dict[st
         then, now = _flat(header["made_by"]), _flat(json.loads(json.dumps(made_by)))
         for name in [name for name in {**now, **then} if now.get(name) != then.get(name)]:
             if name in _MAY_CHANGE:
-                if name in then:  # not in a state of an earlier version
+                if name in then and then[name] != "auto":  # an earlier version knew less, or wrote that down
                     log.warning("from here on %s=%r; the run was begun with %r", name, now.get(name), then[name])
                 continue
             raise OptionError(
@@ -207,9 +207,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 def weights_digest(model: nn.Module) -> str:
     """A short name for a model's weights: the same weights have the same."""
-    tensors = {name: value.detach().cpu() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    dense = {name: value if value.layout is torch.strided else value.to_dense() for name, value in tensors.items()}
-    return _digest("", {name: value.contiguous() for name, value in dense.items()})[:16]
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            sparse = value.detach().cpu().to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
+            tensors |= {f"{name}.indices": sparse.indices(), f"{name}.values": sparse.values().contiguous()}
+        elif isinstance(value, Tensor):
+            tensors[name] = value.detach().cpu().contiguous()
+    return _digest("", tensors)[:16]
 
 
 def _flat(made_by: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ghostify.errors import TraceError
 from ghostify.spec import Chain
 from ghostify.tracing.example import leaves_in
-from ghostify.tracing.running import own_random_state, seed_torch, unmarked
+from ghostify.tracing.running import random_state, unmarked
 from ghostify.tracing.sites import has_hooks
 
 # Activations that act on every number alone and have no parameters: they may be copied.
@@ -64,10 +64,22 @@ class _Tracer(fx.Tracer):
         self._norms = {id(module) for module in model.modules() if is_batch_norm(module)}
         # FX counts on from model to model; here the same model has the same names every time.
         self._qualname_counter = Counter()
+        self._around, self.within = _context(), False  # whether a node was made in a context that no graph has
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self.within |= _context() != self._around
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         alone = isinstance(m, _ConvNd) or id(m) in self._norms or next(m.children(), None) is None
         return alone or super().is_leaf_module(m, module_qualified_name)
+
+
+def _context() -> tuple[object, ...]:
+    """Whether gradients are computed, and in which precision."""
+    devices = ("cpu", "cuda")
+    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
+    return torch.is_grad_enabled(), *casts
 
 
 def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool = False) -> fx.Graph:
@@ -91,31 +103,31 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
         return _traced(model, arguments, training=training, buffers=False)[0]
 
 
-def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool, seed: int) -> fx.Graph:
+def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool) -> fx.Graph:
     """Trace a model whose graph is to stand in its place: what the graph does must be all that the forward does.
 
     Args:
         model: The model.
         arguments: As in [trace_graph][ghostify.tracing.graph.trace_graph].
         training: The same.
-        seed: For what the forward draws while it is traced, as it would stay in the graph.
 
     Raises:
-        TraceError: The forward leaves something on the model, such as a count.
+        TraceError: The forward leaves something on the model, such as a count, draws random numbers while it is traced,
+            or goes without gradients or in another precision in some part.
         Exception: Whatever FX raises where it cannot trace, also where a buffer decides what is done.
     """
-    with own_random_state(model):
-        seed_torch(seed, model)
-        graph, left = _traced(model, arguments, training=training, buffers=True)
-    if left:
-        raise TraceError(f"the forward changes {left[0]}")
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    with torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16):  # so that who turns it off is seen
+        graph, unseen = _traced(model, arguments, training=training, buffers=True)
+    if unseen:
+        raise TraceError(unseen[0])
     return graph
 
 
 def _traced(
     model: nn.Module, arguments: Collection[str], *, training: bool, buffers: bool
 ) -> tuple[fx.Graph, list[str]]:
-    """The graph, and the names of attributes that the forward leaves changed, which is in no graph."""
+    """The graph, and what the forward does that is in no graph."""
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -124,14 +136,20 @@ def _traced(
     with unmarked(model) as left, torch.inference_mode(False), torch.enable_grad():
         for module in model.modules():
             module.training = training
-        held = set(vars(model))
+        held, drawn = set(vars(model)), random_state(model)
+        tracer = _Tracer(model, buffers=buffers)
         with _noted_results(model):
-            graph = _Tracer(model, buffers=buffers).trace(model, concrete_args=defaults or None)
+            graph = tracer.trace(model, concrete_args=defaults or None)
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         hung = {name: value for name, value in vars(model).items() if name not in held and name in read}
         _note_constants(graph, hung)
         mine = {f"{type(model).__name__}.{name}" for name in hung}
-        return graph, [name for name in left() if name not in mine]
+        unseen = [f"the forward changes {name}" for name in left() if name not in mine]
+        if random_state(model) != drawn:
+            unseen.append("the forward draws random numbers that a graph would keep")
+        if tracer.within:
+            unseen.append("a part of the forward runs without gradients or in a precision of its own")
+        return graph, unseen
 
 
 def _note_constants(graph: fx.Graph, hung: Mapping[str, Any]) -> None:
@@ -162,7 +180,8 @@ def _same_step(one: fx.Node, two: fx.Node) -> bool:
         return False
     made, again = one.meta.get(_CONSTANT), two.meta.get(_CONSTANT)
     if isinstance(made, Tensor) and isinstance(again, Tensor):
-        return made.dtype == again.dtype and made.layout == again.layout and torch.equal(made, again)
+        kinds = [(value.dtype, value.layout, value.device, value.shape) for value in (made, again)]
+        return kinds[0] == kinds[1] and (made.is_meta or torch.equal(made.to_dense(), again.to_dense()))
     return made is again
 
 

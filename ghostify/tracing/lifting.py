@@ -31,6 +31,7 @@ _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv_transpose2d: nn.ConvTranspose2d,
     F.conv_transpose3d: nn.ConvTranspose3d,
 }
+_HOMES = ("_parameters", "_buffers", "_modules")  # of a module's state
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -48,6 +49,7 @@ class LiftedModel(fx.GraphModule):
         made = super().__deepcopy__(memo)
         for name in vars(self).keys() - vars(made).keys():
             setattr(made, name, copy.deepcopy(vars(self)[name], memo))
+        _take_over(made, {kind: copy.deepcopy(vars(self)[kind], memo) for kind in _HOMES})
         _keep_out_of_state(made, self)
         return made
 
@@ -61,10 +63,16 @@ def _unpickled(body: dict[str, Any], imports: str, kind: str, kept_out: dict[str
     made = LiftedModel(read, read.graph, kind)
     for name in vars(read).keys() - vars(made).keys():
         setattr(made, name, vars(read)[name])
-    _hold_all(made, read)
+    _take_over(made, body)
     for name, module in made.named_modules():
         module._non_persistent_buffers_set = kept_out.get(name, set())
     return made
+
+
+def _take_over(made: nn.Module, known: dict[str, Any]) -> None:
+    """Let it hold all that there is by all names; torch's graphs hold what they read, by one name."""
+    for kind in _HOMES:
+        vars(made)[kind].update(known[kind])
 
 
 def lift_functions(
@@ -97,7 +105,7 @@ def lift_functions(
         if node.op == "call_function" and node.target in _FUNCTIONS:
             conv = _module_for(node, model, reads)
             if conv is not None:
-                name = _name_for(node, taken | made.keys(), reads)
+                name = _name_for(node, {*taken, *made, *reads}, model)
                 made[name] = conv
                 with lifted.inserting_before(node):
                     call = lifted.call_module(name, (_argument(node, "input"),))
@@ -109,13 +117,17 @@ def lift_functions(
         return None
     _check_graph(model, graph, arguments)
     _check_hooks(model, taken)
+    _check_names(model)
     for node in list(filter(is_constant, lifted.nodes)):  # made anew in every run: it may be changed there
         with lifted.inserting_after(node):
             fresh = lifted.call_method("clone", (node,))
         node.replace_all_uses_with(fresh, delete_user_cb=lambda user, fresh=fresh: user is not fresh)
     named = {str(node.target): node for node in lifted.nodes if node.op in ("call_module", "get_attr")}
     root = {target: attribute(named[target], model) for target in sorted(named.keys() - made.keys())}
+    kept_out = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
     whole = LiftedModel({**root, **made}, lifted, type(model).__name__)
+    for module, names in kept_out:  # torch registers the buffers of shared modules once more
+        module._non_persistent_buffers_set = names
     _hold_all(whole, model, {id(parameter) for conv in made.values() for parameter in conv.parameters()})
     known = set(model.modules())
     for module in whole.modules():
@@ -125,7 +137,7 @@ def lift_functions(
 
 
 def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str]) -> None:
-    """See that the forward does the same in training, with other values in the model's state and other random numbers.
+    """See that the forward does the same in training, and with other values in the model's state.
 
     A graph holds the branches of one mode, and numbers that were computed while it was traced.
 
@@ -134,14 +146,14 @@ def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str]) 
     """
     try:
         with _other_values(model):
-            other = trace_all(model, arguments, training=True, seed=2**31 - 1)  # nobody else's
+            same = same_steps(graph, trace_all(model, arguments, training=True))
     except TraceError:
         raise
     except Exception as error:  # whatever FX or the model's own code raises
         lines = str(error).strip().splitlines() or [""]
         raise TraceError(f"with buffers as a part of the graph it cannot be traced ({lines[0]})") from error
-    if not same_steps(graph, other):
-        raise TraceError("what it does depends on the mode, on values in its state, or on chance")
+    if not same:
+        raise TraceError("what it does depends on the mode, or on values in its state")
 
 
 @contextmanager
@@ -158,8 +170,11 @@ def _other_values(model: nn.Module) -> Iterator[None]:
 
 
 def _other_value(tensor: Tensor) -> Tensor:
-    numbers = tensor.is_floating_point() or tensor.is_complex()
-    value = ~tensor if tensor.dtype == torch.bool else tensor * 1.5 + 0.25 if numbers else tensor + 1
+    """Of another sign, so that comparisons come out otherwise; the same where there is no arithmetic for its kind."""
+    try:
+        value = -1.5 * tensor - 0.25 if tensor.is_floating_point() or tensor.is_complex() else ~tensor
+    except (RuntimeError, TypeError):  # sparse tensors, numbers of 8 bits
+        return tensor
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
@@ -175,7 +190,19 @@ def _check_hooks(model: nn.Module, taken: Collection[str]) -> None:
             raise TraceError(f"{f'module {name!r}' if name else 'the model itself'} carries hooks")
 
 
-def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int] = ()) -> None:
+def _check_names(model: nn.Module) -> None:
+    """See that no name is one that torch's graphs have themselves.
+
+    Raises:
+        TraceError: One is.
+    """
+    graph = fx.GraphModule(nn.Module(), fx.Graph())
+    for name in (*model._modules, *model._parameters, *model._buffers):
+        if hasattr(graph, name):
+            raise TraceError(f"a graph has a {name!r} of its own")
+
+
+def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int]) -> None:
     """Give a graph what of the model's state it does not read, under the same names.
 
     Args:
@@ -183,17 +210,23 @@ def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int] = ()) ->
         model: The model.
         moved: The ids of parameters that have other names in the graph.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    there = {id(modules[name]): module for name, module in made.named_modules() if name in modules}
     for name, value in _named_state(model):
+        if id(value) in moved:
+            continue
         *path, last = name.split(".")
         home, place = made, ""
-        for part in path if id(value) not in moved else ():
+        for part in path:
             place = f"{place}.{part}".lstrip(".")
-            if not hasattr(home, part):
-                whole = not any(id(parameter) in moved for parameter in modules[place].parameters())
-                setattr(home, part, modules[place] if whole else nn.Module())
-            home = getattr(home, part)
-        if id(value) not in moved and not hasattr(home, last):
+            if part not in home._modules:
+                module = modules[place]
+                if id(module) not in there:  # else it has another name, too
+                    whole = not any(id(parameter) in moved for parameter in module.parameters())
+                    there[id(module)] = module if whole else nn.Module()
+                home._modules[part] = there[id(module)]
+            home = home.get_submodule(part)
+        if home._parameters.get(last) is None and home._buffers.get(last) is None:
             setattr(home, last, value if isinstance(value, nn.Parameter) else nn.Buffer(value))
     _keep_out_of_state(made, model)
 
@@ -252,11 +285,18 @@ def _parameter(argument: Any, model: nn.Module, reads: Counter[str]) -> nn.Param
     return value if isinstance(value, nn.Parameter) else None
 
 
-def _name_for(node: fx.Node, taken: set[str], reads: Counter[str]) -> str:
+def _name_for(node: fx.Node, taken: Collection[str], model: nn.Module) -> str:
     """Where to put the module: in its owner's place, if that holds nothing else, so that keys of the state stay."""
     weight, bias = (_argument(node, name) for name in ("weight", "bias"))
     owner, _, attribute = str(weight.target).rpartition(".")
-    inside = [name for name in {*taken, *reads} if name == owner or name.startswith(f"{owner}.")]
-    mine = [str(argument.target) for argument in (weight, bias) if argument is not None]
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    names = {*taken, *(name for name, _ in _named_state(model))}
+    inside = {name for name in names if name == owner or name.startswith(f"{owner}.")}
+    mine = {str(argument.target) for argument in (weight, bias) if argument is not None}
     plain = attribute == "weight" and (bias is None or str(bias.target) == f"{owner}.bias")
-    return owner if owner and plain and sorted(inside) == sorted(mine) else f"{weight.target}_conv"
+    if owner and plain and inside == mine:
+        return owner
+    name = f"{weight.target}_conv"
+    while name in names or name in modules:
+        name += "_"
+    return name

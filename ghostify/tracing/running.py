@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections.abc import Callable, Collection, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +46,14 @@ def own_random_state(*models: nn.Module) -> Iterator[None]:
     """Give torch's random state back afterwards: the CPU's, and that of every GPU that models lie on."""
     with torch.random.fork_rng(devices=gpus(*models)):
         yield
+
+
+def random_state(*models: nn.Module) -> tuple[object, ...]:
+    """Where torch's generators are, of the CPU and of the GPUs that models lie on, and Python's and NumPy's own."""
+    generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus(*models))]
+    states = [generator.get_state().numpy().tobytes() for generator in generators]
+    numpy = sys.modules.get("numpy")
+    return *states, random.getstate(), None if numpy is None else repr(numpy.random.get_state(legacy=False))
 
 
 @contextmanager
@@ -153,10 +163,13 @@ def _holds(container: Any, content: Any) -> bool:
 
 def _restore(container: Any, content: Any) -> None:
     """Put back what a container held."""
-    container.clear()  # not by a slice, which a deque does not know
     if isinstance(container, MutableSequence):
+        while len(container):  # an array cannot be cleared, and a deque knows no slice
+            container.pop()
         container.extend(content)
-    elif isinstance(container, MutableMapping):
+        return
+    container.clear()
+    if isinstance(container, MutableMapping):
         container.update(content)
     else:
         container |= content

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 import types
 
 import pytest
@@ -249,6 +250,39 @@ class DrawsInTraining(CallsAFunction):
         return self.body(x + noise)
 
 
+class LeavesOutAtRandom(CallsAFunction):
+    def forward(self, x):
+        return self.body(x if self.training and torch.rand(1).item() < 0.1 else 2 * x)
+
+
+class LeavesOutByPython(CallsAFunction):
+    def forward(self, x):
+        return self.body(x if self.training and random.random() < 0.1 else 2 * x)
+
+
+class IsFrozenInPart(CallsAFunction):
+    def forward(self, x):
+        with torch.no_grad():
+            x = x * 2
+        return self.body(x)
+
+
+class IsExactInPart(CallsAFunction):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = x * 2
+        return self.body(x)
+
+
+class HasAGraph(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.meta = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.body(x)
+
+
 class IsWatched(CallsAFunction):
     def __init__(self):
         super().__init__()
@@ -270,7 +304,12 @@ class IsWatched(CallsAFunction):
         (BranchesInTraining, "what it does depends on"),
         (DropsInTraining, "what it does depends on"),
         (MakesAnotherInTraining, "what it does depends on"),
-        (DrawsInTraining, "what it does depends on"),
+        (DrawsInTraining, "the forward draws random numbers"),
+        (LeavesOutAtRandom, "the forward draws random numbers"),
+        (LeavesOutByPython, "the forward draws random numbers"),
+        (IsFrozenInPart, "a part of the forward runs without gradients"),
+        (IsExactInPart, "a part of the forward runs without gradients or in a precision of its own"),
+        (HasAGraph, "a graph has a 'meta' of its own"),
         (IsWatched, "the model itself carries hooks"),
     ],
 )
@@ -308,15 +347,28 @@ class HoldsMore(TakesOffItsMean):
 
     def __init__(self):
         super().__init__()
-        self.again = self.mean
+        self.register_buffer("again", self.mean)
         self.register_buffer("classes", torch.arange(5))
         self.register_buffer("shift", torch.ones(8), persistent=False)
+        self.register_buffer("matrix", torch.eye(3).to_sparse(), persistent=False)
         self.extra = nn.ModuleDict({"head": nn.Conv2d(3, 3, 1)})
+        self.known = self.extra["head"]  # by another name
+        self.norm = self.b1
+        self.owner = nn.Conv2d(16, 16, 3, padding=1)  # whose bias is not read
+        self.weight_conv = nn.Linear(3, 3)
+        self.inner = nn.Module()
+        self.inner.part = nn.BatchNorm2d(16)
+        self.same = self.inner
 
     def forward(self, x):
         start = torch.zeros(1, 8, 1, 1)
         start.add_(x.mean((0, 2, 3), keepdim=True))
         return super().forward(x + start + self.shift.view(1, -1, 1, 1))
+
+    def body(self, x):
+        x = F.relu(F.conv2d(self.c0(x), self.owner.weight, padding=1))
+        x = F.relu(x + self.b1(self.inner.part(F.conv2d(x, self.weight, padding=1))))
+        return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -324,19 +376,44 @@ def test_what_is_lifted_is_whole_and_stays_so_in_copies_and_pickles(tmp_path, wa
     model = made(HoldsMore)
     small = converted(model)
     assert small.ghostify_plan.lifted
-    assert model.state_dict().keys() - small.state_dict().keys() == {"weight", "c2.weight", "c2.bias"}
+    replaced = {"weight", "owner.weight", "c2.weight", "c2.bias"}
+    assert model.state_dict().keys() - small.state_dict().keys() == replaced
+    assert torch.equal(small.owner.bias, model.owner.bias)
+    assert type(small.weight_conv) is nn.Linear
+    assert small.same.part is small.inner.part
+    assert small.known is small.extra.head
     assert "shift" not in small.state_dict()
     again = way(small)
     assert type(again).__name__ == type(small).__name__
     assert again.state_dict().keys() == small.state_dict().keys()
     for _ in range(2):
         assert torch.equal(again(X), small(X))
-    other = {name: value + value.is_floating_point() for name, value in small.state_dict().items()}
+    other = {name: value * (1 + value.is_floating_point()) for name, value in small.state_dict().items()}
     for copied in (again, small):
         copied.load_state_dict(other)
     assert torch.equal(again(X), small(X))
     ghostify.save(again, tmp_path / "small")
     assert torch.equal(ghostify.load(tmp_path / "small", base=made(HoldsMore)).eval()(X), small(X))
+
+
+class ReadsInsideALayer(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Identity()
+        self.shift.register_buffer("by", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return self.body(self.shift(x) + self.shift.by + torch.eye(1).to_sparse().to_dense())
+
+
+def test_a_model_keeps_its_state_when_its_convolutions_are_lifted():
+    model = made(ReadsInsideALayer)
+    keys, parameters = list(model.state_dict()), [id(parameter) for parameter in model.parameters()]
+    small = converted(model)
+    assert small.ghostify_plan.lifted
+    assert list(model.state_dict()) == keys
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert "shift.by" not in small.state_dict()
 
 
 def test_batches_do_not_share_a_buffer_that_the_forward_writes_to():

@@ -392,9 +392,11 @@ def test_tied_and_extra_state_are_stored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_lazy_parameters_are_named(role) -> None:
-    models = {"student": nn.Linear(4, 3), "teacher": nn.Linear(4, 3)} | {role: nn.LazyLinear(3)}
-    with pytest.raises(TrainingError, match=f"{role}'s parameter 'weight' is lazy and has no shape yet"):
-        distill(**models, data=[X])
+    for lazy, name in ((nn.LazyLinear(3), "weight"), (nn.LazyBatchNorm1d(affine=False), "1.running_mean")):
+        model = lazy if name == "weight" else nn.Sequential(nn.Linear(4, 3), lazy)
+        models = {"student": nn.Linear(4, 3), "teacher": nn.Linear(4, 3)} | {role: model}
+        with pytest.raises(TrainingError, match=f"{role}'s '{name}' is lazy and has no shape yet"):
+            distill(**models, data=[X])
 
 
 def test_sparse_tensors_take_part_but_are_not_stored(tmp_path) -> None:
