@@ -48,6 +48,7 @@ _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
 }  # fmt: skip
+_CASTING = ("cpu", "cuda")  # devices that autocast is turned on and off for
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _FUNCTION_TARGETS = {
     getattr(home, name): name for home in (torch, F) for name in FUNCTIONS if callable(getattr(home, name, None))
@@ -64,7 +65,7 @@ class _Tracer(fx.Tracer):
         self._norms = {id(module) for module in model.modules() if is_batch_norm(module)}
         # FX counts on from model to model; here the same model has the same names every time.
         self._qualname_counter = Counter()
-        self._around, self.within = _context(), False  # whether a node was made in a context that no graph has
+        self._around, self.within = _context(), False  # whether something was done in a way that no graph knows
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.within |= _context() != self._around
@@ -77,9 +78,38 @@ class _Tracer(fx.Tracer):
 
 def _context() -> tuple[object, ...]:
     """Whether gradients are computed, and in which precision."""
-    devices = ("cpu", "cuda")
-    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices]
+    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _CASTING]
     return torch.is_grad_enabled(), *casts
+
+
+@contextmanager
+def _autocasting(*, enabled: bool) -> Iterator[None]:
+    """While it is open autocast is on everywhere, or nowhere."""
+    before = {device: torch.is_autocast_enabled(device) for device in _CASTING}
+    try:
+        for device in _CASTING:
+            torch.set_autocast_enabled(device, enabled)
+        yield
+    finally:
+        for device, was in before.items():
+            torch.set_autocast_enabled(device, was)
+
+
+@contextmanager
+def _watched_functions(tracer: _Tracer) -> Iterator[None]:
+    """While it is open the tracer is told of functions with gradients of their own, which may leave no node."""
+    home = torch.autograd.Function
+    apply = vars(home)["apply"]
+
+    def watched(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        tracer.within |= any(isinstance(leaf, fx.Proxy) for leaf in leaves_in((args, kwargs)))
+        return apply.__func__(cls, *args, **kwargs)
+
+    setattr(home, "apply", classmethod(watched))  # noqa: B010 - a method is not assigned to
+    try:
+        yield
+    finally:
+        setattr(home, "apply", apply)  # noqa: B010
 
 
 def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool = False) -> fx.Graph:
@@ -113,14 +143,14 @@ def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool) -
 
     Raises:
         TraceError: The forward leaves something on the model, such as a count, draws random numbers while it is traced,
-            or goes without gradients or in another precision in some part.
+            or goes in some part without gradients, with gradients of its own, or in a precision of its own.
         Exception: Whatever FX raises where it cannot trace, also where a buffer decides what is done.
     """
-    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    with torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16):  # so that who turns it off is seen
-        graph, unseen = _traced(model, arguments, training=training, buffers=True)
-    if unseen:
-        raise TraceError(unseen[0])
+    for enabled in (True, False):  # so that who turns it off is seen, and who turns it on
+        with _autocasting(enabled=enabled):
+            graph, unseen = _traced(model, arguments, training=training, buffers=True)
+        if unseen:
+            raise TraceError(unseen[0])
     return graph
 
 
@@ -138,7 +168,7 @@ def _traced(
             module.training = training
         held, drawn = set(vars(model)), random_state(model)
         tracer = _Tracer(model, buffers=buffers)
-        with _noted_results(model):
+        with _noted_results(model), _watched_functions(tracer):
             graph = tracer.trace(model, concrete_args=defaults or None)
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         hung = {name: value for name, value in vars(model).items() if name not in held and name in read}
@@ -148,7 +178,7 @@ def _traced(
         if random_state(model) != drawn:
             unseen.append("the forward draws random numbers that a graph would keep")
         if tracer.within:
-            unseen.append("a part of the forward runs without gradients or in a precision of its own")
+            unseen.append("a part of the forward has no gradients, gradients of its own or a precision of its own")
         return graph, unseen
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _wrapped_fns_to_patch
 from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -31,6 +32,7 @@ _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv_transpose2d: nn.ConvTranspose2d,
     F.conv_transpose3d: nn.ConvTranspose3d,
 }
+_METHODS = ("train", "get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict")
 _HOMES = ("_parameters", "_buffers", "_modules")  # of a module's state
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -59,7 +61,13 @@ class LiftedModel(fx.GraphModule):
 
 
 def _unpickled(body: dict[str, Any], imports: str, kind: str, kept_out: dict[str, set[str]]) -> LiftedModel:
+    known = set(_wrapped_fns_to_patch)
     read: Any = reduce_graph_module(body, imports)
+    # Where an argument is None torch notes a function that it does not find again; no model could be traced then.
+    for node in read.graph.nodes:
+        node.meta.pop("is_wrapped", None)
+    for wrapped in _wrapped_fns_to_patch.keys() - known:
+        del _wrapped_fns_to_patch[wrapped]
     made = LiftedModel(read, read.graph, kind)
     for name in vars(read).keys() - vars(made).keys():
         setattr(made, name, vars(read)[name])
@@ -72,7 +80,9 @@ def _unpickled(body: dict[str, Any], imports: str, kind: str, kept_out: dict[str
 def _take_over(made: nn.Module, known: dict[str, Any]) -> None:
     """Let it hold all that there is by all names; torch's graphs hold what they read, by one name."""
     for kind in _HOMES:
-        vars(made)[kind].update(known[kind])
+        held = {**known[kind], **vars(made)[kind], **known[kind]}  # in the order that is known
+        vars(made)[kind].clear()
+        vars(made)[kind].update(held)
 
 
 def lift_functions(
@@ -116,7 +126,7 @@ def lift_functions(
     if not made:
         return None
     _check_graph(model, graph, arguments)
-    _check_hooks(model, taken)
+    _check_modules(model, taken)
     _check_names(model)
     for node in list(filter(is_constant, lifted.nodes)):  # made anew in every run: it may be changed there
         with lifted.inserting_after(node):
@@ -178,16 +188,21 @@ def _other_value(tensor: Tensor) -> Tensor:
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def _check_hooks(model: nn.Module, taken: Collection[str]) -> None:
-    """See that nothing looks on when a module is called that the graph does not call.
+def _check_modules(model: nn.Module, taken: Collection[str]) -> None:
+    """See that a module that the graph does not call does no more than its forward does.
 
     Raises:
-        TraceError: Something does.
+        TraceError: Something looks on, or it has a state or a way into training of its own.
     """
     for name, module in model.named_modules():
-        inside = any(name == called or name.startswith(f"{called}.") for called in taken)
-        if not inside and has_hooks(module):
-            raise TraceError(f"{f'module {name!r}' if name else 'the model itself'} carries hooks")
+        who = f"module {name!r}" if name else "the model itself"
+        if any(name == called or name.startswith(f"{called}.") for called in taken):
+            continue
+        if has_hooks(module):
+            raise TraceError(f"{who} carries hooks")
+        own = [method for method in _METHODS if getattr(type(module), method) is not getattr(nn.Module, method)]
+        if own:
+            raise TraceError(f"{who} has a {own[0]} of its own")
 
 
 def _check_names(model: nn.Module) -> None:
@@ -250,7 +265,8 @@ def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd
     kind = _FUNCTIONS[node.target]
     if weight is None or (bias is None) != (_argument(node, "bias") is None):
         return None
-    if any(isinstance(value, fx.Node) for value in options.values()):
+    known = [_argument(node, name) for name in ("input", "weight", "bias")]
+    if any(read not in known for read in node.all_input_nodes):  # an option that is computed
         return None
     options = {name: value for name, value in options.items() if value is not None}
     groups = options.get("groups", 1)

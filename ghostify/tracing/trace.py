@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ghostify.errors import PlanError, TraceError
 from ghostify.nn.ghost import GhostConv
@@ -100,15 +100,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     stays = ""  # why what is called as a function does
     if lift and graph is not None:
         try:
-            lifted = lift_functions(model, graph, arguments)
+            if (lifted := lift_functions(model, graph, arguments)) is not None:
+                facts = trace(lifted[0], example, lift=False)
+                if not difference(facts.outputs, outputs):
+                    unlifted = trace(model, example, lift=False) if convolutions else None
+                    return replace(facts, lifted=lifted[1], unlifted=unlifted, arguments=arguments)
+                stays = "a graph gives other outputs"
         except TraceError as error:
-            lifted, stays = None, str(error)
-        if lifted is not None:
-            facts = trace(lifted[0], example, lift=False)
-            if not difference(facts.outputs, outputs):
-                unlifted = trace(model, example, lift=False) if convolutions else None
-                return replace(facts, lifted=lifted[1], unlifted=unlifted, arguments=arguments)
-            stays = "a graph gives other outputs"
+            stays = str(error)
     if not convolutions:
         raise PlanError(
             f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
@@ -184,10 +183,10 @@ def _check_kind(model: nn.Module) -> None:
                 f"module {name!r} is a quantised {type(module).__name__}, whose weights cannot be split. "
                 "Convert the float model that it was made from, then quantise the result."
             )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise TraceError(
-                f"parameter {name!r} is lazy and has no shape yet. Run the model once on real inputs, then convert it."
+                f"{name!r} is lazy and has no shape yet. Run the model once on real inputs, then convert it."
             )
 
 

@@ -274,6 +274,37 @@ class IsExactInPart(CallsAFunction):
         return self.body(x)
 
 
+class IsRoughInTraining(CallsAFunction):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+            return self.body(x)
+
+
+class Turned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class TurnsGradients(CallsAFunction):
+    def forward(self, x):
+        return self.body(Turned.apply(x))
+
+
+class FreezesItsNorms(CallsAFunction):
+    def forward(self, x):
+        return self.body(x)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.b1.eval()
+        return self
+
+
 class HasAGraph(CallsAFunction):
     def __init__(self):
         super().__init__()
@@ -307,8 +338,11 @@ class IsWatched(CallsAFunction):
         (DrawsInTraining, "the forward draws random numbers"),
         (LeavesOutAtRandom, "the forward draws random numbers"),
         (LeavesOutByPython, "the forward draws random numbers"),
-        (IsFrozenInPart, "a part of the forward runs without gradients"),
-        (IsExactInPart, "a part of the forward runs without gradients or in a precision of its own"),
+        (IsFrozenInPart, "a part of the forward has no gradients"),
+        (IsExactInPart, "a part of the forward has .* a precision of its own"),
+        (IsRoughInTraining, "a part of the forward has .* a precision of its own"),
+        (TurnsGradients, "a part of the forward has .* gradients of its own"),
+        (FreezesItsNorms, "the model itself has a train of its own"),
         (HasAGraph, "a graph has a 'meta' of its own"),
         (IsWatched, "the model itself carries hooks"),
     ],
@@ -327,6 +361,21 @@ def test_nothing_is_lifted_where_a_graph_would_lose_what_the_model_holds_or_does
     held = dict(small.named_buffers())
     assert {name for name, _ in model.named_buffers()} <= held.keys()
     assert {name for name, _ in model.named_parameters() if "c2" not in name} <= dict(small.named_parameters()).keys()
+
+
+def test_an_option_that_is_computed_stays():
+    class PadsByItsSize(CallsAFunction):
+        def body(self, x):
+            x = F.relu(self.c0(x))
+            x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=(x.shape[-1] - 11, 1))))
+            return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
+
+        def forward(self, x):
+            return self.body(x)
+
+    small = converted(made(PadsByItsSize))
+    assert not small.ghostify_plan.lifted
+    assert small.ghostify_plan.trace_way == "fx"
 
 
 def test_a_model_of_functions_alone_is_told_why_it_cannot_be_converted():
@@ -360,8 +409,8 @@ class HoldsMore(TakesOffItsMean):
         self.inner.part = nn.BatchNorm2d(16)
         self.same = self.inner
 
-    def forward(self, x):
-        start = torch.zeros(1, 8, 1, 1)
+    def forward(self, x, mask=None):
+        start = torch.zeros(1, 8, 1, 1) if mask is None else mask
         start.add_(x.mean((0, 2, 3), keepdim=True))
         return super().forward(x + start + self.shift.view(1, -1, 1, 1))
 
@@ -385,6 +434,8 @@ def test_what_is_lifted_is_whole_and_stays_so_in_copies_and_pickles(tmp_path, wa
     assert "shift" not in small.state_dict()
     again = way(small)
     assert type(again).__name__ == type(small).__name__
+    assert [name for name, _ in again.named_parameters()] == [name for name, _ in small.named_parameters()]
+    assert trace(made(), X).graph is not None  # FX still works
     assert again.state_dict().keys() == small.state_dict().keys()
     for _ in range(2):
         assert torch.equal(again(X), small(X))
