@@ -25,7 +25,8 @@ from ghostify.errors import ConversionError
 from ghostify.spec import Decision
 from ghostify.tracing.example import Example
 from ghostify.tracing.execution import last_uses, run_node
-from ghostify.tracing.graph import changes_its_input, is_constant
+from ghostify.tracing.graph import changes_its_input
+from ghostify.tracing.symbolic import is_constant
 
 # Bytes for activations.
 MEMORY = 2**30

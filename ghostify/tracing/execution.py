@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ghostify.tracing.example import Example, difference, same_shapes
-from ghostify.tracing.graph import CHANGES_INPUT, attribute
+from ghostify.tracing.graph import CHANGES_INPUT
 from ghostify.tracing.running import seed_torch, unmarked
+from ghostify.tracing.symbolic import attribute
 
 
 def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any) -> str:
@@ -21,7 +22,7 @@ def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any)
     model asks for a tensor, and knows no addition in place.
 
     Args:
-        graph: From [trace_graph][ghostify.tracing.graph.trace_graph].
+        graph: From [trace_graph][ghostify.tracing.symbolic.trace_graph].
         model: Its model.
         example: The example inputs.
         outputs: What the model makes of them.

@@ -1,28 +1,20 @@
-"""The model as a torch.fx graph, and what the graph tells about a convolution."""
+"""What a torch.fx graph of a model tells about a convolution."""
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ghostify.errors import TraceError
 from ghostify.spec import Chain
-from ghostify.tracing.example import leaves_in
-from ghostify.tracing.running import random_state, unmarked
-from ghostify.tracing.sites import has_hooks
+from ghostify.tracing.sites import has_hooks, is_batch_norm
+from ghostify.tracing.symbolic import attribute
 
 # Activations that act on every number alone and have no parameters: they may be copied.
 ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -40,218 +32,14 @@ _OTHER_ACTIVATIONS = {
 }  # fmt: skip
 # What a run has noted in a node's meta: whether it changes what it reads.
 CHANGES_INPUT = "changes_input"
-# What tracing has: whether a public method of the model, such as timm's forward_features, gives it to whoever calls it.
-HANDED_OUT = "handed_out"
-# And what the forward makes of nothing, such as a tensor of means that it takes off: the model does not hold it.
-_CONSTANT = "constant"
 _IN_PLACE = {
     operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
     operator.iand, operator.ior, operator.ixor,
 }  # fmt: skip
-_CASTING = ("cpu", "cuda")  # devices that autocast is turned on and off for
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _FUNCTION_TARGETS = {
     getattr(home, name): name for home in (torch, F) for name in FUNCTIONS if callable(getattr(home, name, None))
 }
-
-
-class _Tracer(fx.Tracer):
-    """Keeps convolutions, batch norms and modules without children whole, as one node each, whatever their class."""
-
-    def __init__(self, model: nn.Module, *, buffers: bool) -> None:
-        super().__init__()
-        self.proxy_buffer_attributes = buffers
-        # Found before: to look at a norm's statistics while FX traces would make nodes that read them.
-        self._norms = {id(module) for module in model.modules() if is_batch_norm(module)}
-        # FX counts on from model to model; here the same model has the same names every time.
-        self._qualname_counter = Counter()
-        self._around, self.within = _context(), False  # whether something was done in a way that no graph knows
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        self.within |= _context() != self._around
-        return super().create_node(*args, **kwargs)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        alone = isinstance(m, _ConvNd) or id(m) in self._norms or next(m.children(), None) is None
-        return alone or super().is_leaf_module(m, module_qualified_name)
-
-
-def _context() -> tuple[object, ...]:
-    """Whether gradients are computed, and in which precision."""
-    casts = [(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _CASTING]
-    return torch.is_grad_enabled(), *casts
-
-
-@contextmanager
-def _autocasting(*, enabled: bool) -> Iterator[None]:
-    """While it is open autocast is on everywhere, or nowhere."""
-    before = {device: torch.is_autocast_enabled(device) for device in _CASTING}
-    try:
-        for device in _CASTING:
-            torch.set_autocast_enabled(device, enabled)
-        yield
-    finally:
-        for device, was in before.items():
-            torch.set_autocast_enabled(device, was)
-
-
-@contextmanager
-def _watched_functions(tracer: _Tracer) -> Iterator[None]:
-    """While it is open the tracer is told of functions with gradients of their own, which may leave no node."""
-    home = torch.autograd.Function
-    apply = vars(home)["apply"]
-
-    def watched(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        tracer.within |= any(isinstance(leaf, fx.Proxy) for leaf in leaves_in((args, kwargs)))
-        return apply.__func__(cls, *args, **kwargs)
-
-    setattr(home, "apply", classmethod(watched))  # noqa: B010 - a method is not assigned to
-    try:
-        yield
-    finally:
-        setattr(home, "apply", apply)  # noqa: B010
-
-
-def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool = False) -> fx.Graph:
-    """Trace a model symbolically; it is left as it was.
-
-    Buffers that the forward reads are nodes, as parameters are, so that they stay the model's; but where one decides
-    what the forward does, as a number does, what is made of buffers counts as made of nothing.
-
-    Args:
-        model: The model.
-        arguments: Names of the arguments that the example gives. Others keep their defaults, so
-            ``if mask is not None`` takes the branch that it takes in the example.
-        training: Whether all modules are in training mode, or in evaluation mode.
-
-    Raises:
-        Exception: Whatever FX raises where it cannot trace (control flow on data, say).
-    """
-    try:
-        return _traced(model, arguments, training=training, buffers=True)[0]
-    except Exception:  # whatever FX or the forward raises where a number is asked for
-        return _traced(model, arguments, training=training, buffers=False)[0]
-
-
-def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool) -> fx.Graph:
-    """Trace a model whose graph is to stand in its place: what the graph does must be all that the forward does.
-
-    Args:
-        model: The model.
-        arguments: As in [trace_graph][ghostify.tracing.graph.trace_graph].
-        training: The same.
-
-    Raises:
-        TraceError: The forward leaves something on the model, such as a count, draws random numbers while it is traced,
-            or goes in some part without gradients, with gradients of its own, or in a precision of its own.
-        Exception: Whatever FX raises where it cannot trace, also where a buffer decides what is done.
-    """
-    for enabled in (True, False):  # so that who turns it off is seen, and who turns it on
-        with _autocasting(enabled=enabled):
-            graph, unseen = _traced(model, arguments, training=training, buffers=True)
-        if unseen:
-            raise TraceError(unseen[0])
-    return graph
-
-
-def _traced(
-    model: nn.Module, arguments: Collection[str], *, training: bool, buffers: bool
-) -> tuple[fx.Graph, list[str]]:
-    """The graph, and what the forward does that is in no graph."""
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if name not in arguments and parameter.default is not inspect.Parameter.empty
-    }
-    with unmarked(model) as left, torch.inference_mode(False), torch.enable_grad():
-        for module in model.modules():
-            module.training = training
-        held, drawn = set(vars(model)), random_state(model)
-        tracer = _Tracer(model, buffers=buffers)
-        with _noted_results(model), _watched_functions(tracer):
-            graph = tracer.trace(model, concrete_args=defaults or None)
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-        hung = {name: value for name, value in vars(model).items() if name not in held and name in read}
-        _note_constants(graph, hung)
-        mine = {f"{type(model).__name__}.{name}" for name in hung}
-        unseen = [f"the forward changes {name}" for name in left() if name not in mine]
-        if random_state(model) != drawn:
-            unseen.append("the forward draws random numbers that a graph would keep")
-        if tracer.within:
-            unseen.append("a part of the forward has no gradients, gradients of its own or a precision of its own")
-        return graph, unseen
-
-
-def _note_constants(graph: fx.Graph, hung: Mapping[str, Any]) -> None:
-    """Note what FX has hung on the model in the node that reads it: one alone, as a run makes such a tensor once."""
-    first: dict[str, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and (name := str(node.target)) in hung:
-            node.meta[_CONSTANT] = hung[name]
-            if first.setdefault(name, node) is not node:
-                node.replace_all_uses_with(first[name])
-                graph.erase_node(node)
-
-
-def is_constant(node: fx.Node) -> bool:
-    """Whether a node reads a tensor that the forward makes of nothing, and makes anew in every run."""
-    return isinstance(node.meta.get(_CONSTANT), Tensor)
-
-
-def same_steps(graph: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs do the same, one node after the other, with the same tensors that they make of nothing."""
-    pairs = list(zip_longest(graph.nodes, other.nodes))
-    return all(one is not None and two is not None and _same_step(one, two) for one, two in pairs)
-
-
-def _same_step(one: fx.Node, two: fx.Node) -> bool:
-    steps = [(node.op, node.target, str((node.args, node.kwargs)), _CONSTANT in node.meta) for node in (one, two)]
-    if steps[0] != steps[1]:
-        return False
-    made, again = one.meta.get(_CONSTANT), two.meta.get(_CONSTANT)
-    if isinstance(made, Tensor) and isinstance(again, Tensor):
-        kinds = [(value.dtype, value.layout, value.device, value.shape) for value in (made, again)]
-        return kinds[0] == kinds[1] and (made.is_meta or torch.equal(made.to_dense(), again.to_dense()))
-    return made is again
-
-
-def attribute(node: fx.Node, model: nn.Module) -> Any:
-    """What of the model a node reads or calls by name; a tensor that the forward makes is made anew, as there."""
-    if _CONSTANT in node.meta:
-        return node.meta[_CONSTANT].clone() if is_constant(node) else node.meta[_CONSTANT]
-    return operator.attrgetter(str(node.target))(model)
-
-
-@contextmanager
-def _noted_results(model: nn.Module) -> Iterator[None]:
-    """While it is open, what the model's public methods give its forward is noted in the nodes' meta."""
-    kind = type(model)
-    names = [
-        name
-        for name in dir(kind)
-        if not name.startswith("_")
-        and not hasattr(nn.Module, name)
-        and inspect.isfunction(inspect.getattr_static(kind, name))
-        and name not in vars(model)
-    ]
-
-    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            for leaf in leaves_in(result):
-                if isinstance(leaf, fx.Proxy):
-                    leaf.node.meta[HANDED_OUT] = True
-            return result
-
-        return called
-
-    for name in names:
-        vars(model)[name] = noting(getattr(model, name))
-    try:
-        yield
-    finally:
-        for name in names:
-            del vars(model)[name]
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -353,15 +141,6 @@ def changes_its_input(node: fx.Node, model: nn.Module) -> bool:
         or bool(node.kwargs.get("inplace"))
         or "out" in node.kwargs
     )
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether it normalises every channel by running statistics, whatever else it does.
-
-    So do torch's batch norms, frozen ones (torchvision's, timm's), and timm's ``BatchNormAct2d``.
-    """
-    statistics = (getattr(module, name, None) for name in ("running_mean", "running_var"))
-    return all(isinstance(value, Tensor) for value in statistics) and not isinstance(module, _InstanceNorm)
 
 
 def _read_elsewhere(norm: str, graph: fx.Graph) -> str:

@@ -20,9 +20,9 @@ from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ghostify.errors import TraceError
-from ghostify.tracing.graph import attribute, is_constant, same_steps, trace_all
 from ghostify.tracing.running import unmarked
 from ghostify.tracing.sites import has_hooks
+from ghostify.tracing.symbolic import attribute, is_constant, same_steps, trace_all
 
 _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d,
@@ -96,7 +96,7 @@ def lift_functions(
     Args:
         model: The model; left untouched.
         graph: Its FX graph in evaluation mode; left untouched.
-        arguments: What the example gives, as in [trace_graph][ghostify.tracing.graph.trace_graph].
+        arguments: What the example gives, as in [trace_graph][ghostify.tracing.symbolic.trace_graph].
 
     Returns:
         The new model and the names of its new convolutions; ``None`` if there is nothing to lift.

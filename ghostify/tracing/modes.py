@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from ghostify.tracing.graph import trace_graph
 from ghostify.tracing.streams import Streams, find_streams
+from ghostify.tracing.symbolic import trace_graph
 
 
 def in_both_modes(streams: Streams, model: nn.Module, arguments: Collection[str]) -> Streams:
@@ -17,7 +17,7 @@ def in_both_modes(streams: Streams, model: nn.Module, arguments: Collection[str]
     Args:
         streams: As they are in evaluation mode.
         model: The model; left as it was.
-        arguments: As in [trace_graph][ghostify.tracing.graph.trace_graph].
+        arguments: As in [trace_graph][ghostify.tracing.symbolic.trace_graph].
     """
     try:
         trained = find_streams(trace_graph(model, arguments, training=True), model)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ghostify.nn.selection import select_channels
@@ -96,6 +97,15 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether something looks on, or interferes, when a module is called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it normalises every channel by running statistics, whatever else it does.
+
+    So do torch's batch norms, frozen ones (torchvision's, timm's), and timm's ``BatchNormAct2d``.
+    """
+    statistics = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+    return all(isinstance(value, Tensor) for value in statistics) and not isinstance(module, _InstanceNorm)
 
 
 def is_separable(module: _ConvNd, call: Call) -> bool:

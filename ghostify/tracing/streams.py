@@ -21,8 +21,8 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ghostify.tracing.alike import ALIKE, is_alike, is_alike_call, is_known
-from ghostify.tracing.graph import HANDED_OUT, attribute, is_batch_norm
-from ghostify.tracing.sites import has_hooks, parameter_owners
+from ghostify.tracing.sites import has_hooks, is_batch_norm, parameter_owners
+from ghostify.tracing.symbolic import HANDED_OUT, attribute
 
 _TOGETHER = {"add", "sub", "mul", "truediv", "div", "iadd", "isub", "imul", "maximum", "minimum"}
 _TOLD_OF = {"size", "dim"}
@@ -65,7 +65,7 @@ def find_streams(graph: fx.Graph, model: nn.Module) -> Streams:
     """Follow the channels of all layers through the graph of a model that takes batches.
 
     Args:
-        graph: From [trace_graph][ghostify.tracing.graph.trace_graph].
+        graph: From [trace_graph][ghostify.tracing.symbolic.trace_graph].
         model: The model.
     """
     return _Search(graph, model).found()

@@ -23,11 +23,12 @@ from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
 from ghostify.tracing.example import Example, ExampleInputs, difference, unwrapped
 from ghostify.tracing.execution import run_graph
-from ghostify.tracing.graph import calls_per_module, chain_after, trace_graph
+from ghostify.tracing.graph import calls_per_module, chain_after
 from ghostify.tracing.lifting import lift_functions
 from ghostify.tracing.modes import in_both_modes
 from ghostify.tracing.sites import is_separable, obstacle_to_replacing, own_facts, parameter_owners
 from ghostify.tracing.streams import Streams, find_streams
+from ghostify.tracing.symbolic import trace_graph
 
 
 @dataclass(frozen=True)
