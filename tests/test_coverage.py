@@ -285,7 +285,7 @@ def converted_and_checked(library, name):
 
 # The smallest model of every family of timm; those that take longer are slow tests.
 FAMILIES = """
-resnetv2_18 starnet_s050 test_byobnet test_coatnet test_convnext test_efficientnet test_mambaout test_nfnet test_resnet
+starnet_s050 test_byobnet test_convnext test_efficientnet test_mambaout test_resnet
 """.split()  # noqa: SIM905 - a list of words
 LARGER_FAMILIES = """
 coat_tiny convmixer_768_32 cpubone_nano crossvit_9_dagger_240 cs3darknet_focus_s csatv2 cspnext_tiny davit_tiny
@@ -294,9 +294,9 @@ efficientvit_m0 ese_vovnet19b_slim_dw fasternet_t0 fastvit_t8 focalnet_tiny_srf 
 hardcorenas_b hgnetv2_b0 hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2 inception_v3 inception_v4
 lcnetv2_small legacy_seresnet18 legacy_xception levit_128s lowformer_b0 mobilenetv3_small_050 mobilenetv5_base
 mobilevit_xxs nasnetalarge nest_tiny nextvit_small pnasnet5large poolformerv2_s12 pvt_v2_b0 rdnet_tiny regnetx_002
-repghostnet_050 repvit_m1 res2next50 resnest14d rexnet_100 samvit_base_patch16 selecsls42 sequencer2d_s shvit_s1
-skresnet18 swiftformer_xs tiny_vit_5m_224 tresnet_m twins_svt_small vgg11 visformer_tiny vit_tiny_r_s16_p8_224
-vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
+repghostnet_050 repvit_m1 res2next50 resnest14d resnetv2_18 rexnet_100 samvit_base_patch16 selecsls42 sequencer2d_s
+shvit_s1 skresnet18 swiftformer_xs test_coatnet test_nfnet tiny_vit_5m_224 tresnet_m twins_svt_small vgg11
+visformer_tiny vit_tiny_r_s16_p8_224 vitamin_small_224 volo_d1_224 xception41p xcit_nano_12_p8_224
 """.split()  # noqa: SIM905 - a list of words
 TASKS = ["squeezenet1_1"]
 LARGER_TASKS = ["mnasnet0_5", "shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large", "raft_small", "r3d_18"]

@@ -33,6 +33,7 @@ def test_resnet(tmp_path):
     assert {path.name for path in (tmp_path / "resnet18-ghost").iterdir()} == {"model", "model.onnx"}
 
 
+@pytest.mark.slow
 def test_mobilenet(tmp_path):
     printed = run("ghostify_mobilenet.py", "--size", 64, folder=tmp_path)
     assert "skipped by 'features.1.*'" in printed
@@ -48,11 +49,12 @@ def test_comparison(tmp_path):
     assert written == {".html", ".md", ".json", ".csv"}
 
 
-def test_cifar10(tmp_path):
+@pytest.mark.parametrize("at_a_time", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_cifar10(tmp_path, at_a_time):
     tiny_cifar10(tmp_path)
     folders = ("--data", tmp_path, "--weights", tmp_path, "--out", tmp_path / "runs")
     sizes = ("--epochs", 1, "--images", 2, "--val", 8, "--batch", 8)
-    run("cifar10.py", "--method", "random", "narrow", "--side-by-side", 2, *sizes, *folders, folder=tmp_path)
+    run("cifar10.py", "--method", "random", "narrow", "--side-by-side", at_a_time, *sizes, *folders, folder=tmp_path)
     rows = {path: json.loads(path.read_text()) for path in sorted((tmp_path / "runs").glob("*/row.json"))}
     narrow, ghost = rows.values()  # by their folders' names
     assert (narrow["method"], ghost["method"]) == ("narrow", "random")
