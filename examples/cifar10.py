@@ -156,7 +156,7 @@ def run(case: Case, options: argparse.Namespace) -> Row:
     teacher.to(options.device)
     images = data.train.sample(case.images)  # type: ignore[attr-defined]
 
-    student, seconds = begun_with(case, teacher, images, folder)
+    student, seconds = start_of(case, teacher, images, folder)
     student.to(options.device)
     row: Row = {**asdict(case), "start_seconds": seconds}
     row |= {"params": count_params(student), "macs": count_macs(student, images[:1]).macs}
@@ -170,7 +170,7 @@ def run(case: Case, options: argparse.Namespace) -> Row:
     return row
 
 
-def begun_with(case: Case, teacher: nn.Module, images: Tensor, folder: Path) -> tuple[nn.Module, float]:
+def start_of(case: Case, teacher: nn.Module, images: Tensor, folder: Path) -> tuple[nn.Module, float]:
     """The student before its training, and the seconds that it took; Ghost units are made once, and then read again."""
     kept, told = folder / "start", folder / "start.json"
     if told.is_file():

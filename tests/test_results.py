@@ -149,11 +149,11 @@ def test_the_folder_of_another_run_is_refused(monkeypatch, tmp_path):
 def test_the_start_of_a_run_that_goes_on_is_the_same(monkeypatch, tmp_path, method):
     case = cifar10.Case("resnet20", method, 2.0, "concat", 30, 2, 0, "mse", 0.05, 0.1, 128)
     teacher = plain("resnet20").eval()
-    first, seconds = cifar10.begun_with(case, teacher, IMAGES, tmp_path)
+    first, seconds = cifar10.start_of(case, teacher, IMAGES, tmp_path)
     assert seconds > 0
     if method == "random":  # Ghost units are not made again
         monkeypatch.setitem(cifar10.METHODS, method, None)
-    again, told = cifar10.begun_with(case, teacher, IMAGES, tmp_path)
+    again, told = cifar10.start_of(case, teacher, IMAGES, tmp_path)
     assert (told == seconds) is (method == "random")
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())

@@ -118,7 +118,8 @@ def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool) -
             or goes in some part without gradients, with gradients of its own, or in a precision of its own.
         Exception: Whatever FX raises where it cannot trace, also where a buffer decides what is done.
     """
-    for enabled in (True, False):  # so that who turns it off is seen, and who turns it on
+    # Autocast on, so that who turns it off is seen; then off, which sees who turns it on and gives the graph.
+    for enabled in (True, False):
         with _autocasting(enabled=enabled):
             graph, unseen = _traced(model, arguments, training=training, buffers=True)
         if unseen:

@@ -41,3 +41,25 @@ def converted(model, **options):
 def error(small, model, x=X):
     with torch.no_grad():
         return float((small.eval()(x) - model.eval()(x)).norm() / model(x).norm())
+
+
+class CallsAFunction(Base):
+    """A convolution of its body is called as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)) / 12)
+
+    def body(self, x):
+        x = F.relu(self.c0(x))
+        x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=1)))
+        return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
+
+
+class TakesOffItsMean(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-1, 1, 8))
+
+    def forward(self, x):
+        return self.body(x - self.mean.view(1, -1, 1, 1))

@@ -104,9 +104,8 @@ def test_examples_of_the_same_content_and_another_shape_are_told_apart() -> None
 def test_answers_may_have_other_sizes_in_other_batches() -> None:
     teacher, data = nn.Conv2d(1, 3, 1), [torch.randn(2, 1, 4, 4), torch.randn(3, 1, 6, 6)]
     told = known(teacher, data)
-    for (
-        images
-    ) in data:  # kept from a pass that lays images out channels last, which rounds otherwise with several threads
+    for images in data:
+        # Kept from a pass that lays images out channels last, which rounds otherwise with several threads.
         torch.testing.assert_close(told(images), teacher(images).detach())
 
 
