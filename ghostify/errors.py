@@ -108,3 +108,13 @@ class ExportError(GhostifyError, RuntimeError):
 
 class OutputError(GhostifyError, OSError):
     """A result cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    r"""What an error of somebody else's says, in one line.
+
+    Example:
+        >>> first_line(ValueError("no such axis\nat line 3"))
+        'ValueError: no such axis'
+    """
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from ghostify._torchvision import import_torchvision
 from ghostify.deployment.onnx_in import read_model
-from ghostify.errors import ArtefactError, ModelNotFoundError, OptionError
+from ghostify.errors import ArtefactError, ModelNotFoundError, OptionError, first_line
 from ghostify.extras import require
 from ghostify.states import versioned
 
@@ -300,10 +300,9 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError as error:
         raise ArtefactError(f"weights={str(file)!r} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # each reader has its own errors for a damaged or foreign file
-        first = (str(error).strip().splitlines() or [""])[0]
         raise ArtefactError(
             f"weights={str(file)!r} is damaged, or holds more than tensors, which is not loaded because it could run "
-            f"code ({type(error).__name__}: {first}). Write it with torch.save(model.state_dict(), FILE)."
+            f"code ({first_line(error)}). Write it with torch.save(model.state_dict(), FILE)."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

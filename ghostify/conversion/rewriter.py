@@ -175,7 +175,7 @@ def as_planned(plan: Plan, model: nn.Module) -> nn.Module:
         TraceError: The plan names functional convolutions, and the model has no graph in which they are modules.
     """
     model = unwrapped(model)
-    return lifted_as(model, plan.arguments)[0] if plan.lifted else model
+    return lifted_as(model, plan.arguments, plan.lifted) if plan.lifted else model
 
 
 def check_fits(plan: Plan, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ghostify.distillation.batches import Batch, Reader, check_labels
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.history import Scores
-from ghostify.errors import InputsError, OptionError, TrainingError
+from ghostify.errors import InputsError, OptionError, TrainingError, first_line
 from ghostify.tracing.example import require_module
 from ghostify.tracing.running import evaluating
 
@@ -230,10 +230,9 @@ def explained(role: str, inputs: Tensor, name: str) -> Iterator[None]:
     except OptionError:  # not the model's
         raise
     except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TrainingError(
             f"{role} does not run on a batch of {name} of shape {tuple(inputs.shape)}: "
-            f"{type(error).__name__}: {reason.rstrip('.')}. Pass inputs that the model accepts."
+            f"{first_line(error).rstrip('.')}. Pass inputs that the model accepts."
         ) from error
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ghostify.errors import InputsError, TraceError
+from ghostify.errors import InputsError, TraceError, first_line
 from ghostify.tracing.running import seed_torch, unmarked
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -149,10 +149,9 @@ class Example:
                 return call(model, *moved.args, **moved.kwargs)
             except Exception as error:
                 shapes = ", ".join(str(shape) for shape in self.shapes)
-                first_line = next(iter(str(error).strip().splitlines()), "no message")
                 raise TraceError(
                     f"{type(model).__name__} does not run on example_inputs of shape {shapes}: "
-                    f"{type(error).__name__}: {first_line.rstrip('.')}. "
+                    f"{first_line(error).rstrip('.')}. "
                     "Pass inputs that the model accepts in evaluation mode."
                 ) from error
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_structure
 
-from ghostify.tracing.example import Example, difference, same_shapes
+from ghostify.errors import first_line
+from ghostify.tracing.example import Example, copier_memo, difference, same_shapes
 from ghostify.tracing.graph import CHANGES_INPUT
-from ghostify.tracing.running import seed_torch, unmarked
+from ghostify.tracing.running import full_precision, own_random_state, seed_torch, unmarked
 from ghostify.tracing.symbolic import attribute
 
 
@@ -49,12 +51,36 @@ def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any)
             try:
                 values[node] = run_node(node, model, example, args, kwargs)
             except Exception as error:  # whatever the model's operations raise
-                first_line = next(iter(str(error).strip().splitlines()), "")
-                return f"its graph does not run: {type(error).__name__}: {first_line}"
+                return f"its graph does not run: {first_line(error)}"
             node.meta[CHANGES_INPUT] = before != list(_versions(read))
             for dead in dying[node]:
                 del values[dead]
     return ""
+
+
+def same_in_training(model: nn.Module, other: nn.Module, example: Example) -> bool:
+    """Whether copies of two models answer the same in training mode; also where the first does not run in it.
+
+    A graph was traced with a stand-in for the inputs, and a forward may ask what it was given.
+    """
+    answers = []
+    for one in (model, other):
+        copied = copy.deepcopy(one, copier_memo(one))
+        moved = example.to(copied).copied()
+        with own_random_state(copied), full_precision(copied), torch.inference_mode(False):
+            seed_torch(0, copied)
+            for module in copied.modules():
+                module.training = True
+            try:
+                answers.append(copied(*moved.args, **moved.kwargs))
+            except Exception:  # it may want labels, or more than one example
+                return one is model
+    return same_answers(*answers)
+
+
+def same_answers(outputs: Any, originals: Any) -> bool:
+    """Whether two runs gave things of the same kind that hold the same values."""
+    return tree_structure(outputs) == tree_structure(originals) and not difference(outputs, originals)
 
 
 def run_node(node: fx.Node, model: nn.Module, example: Example, args: Any, kwargs: Any) -> Any:

@@ -6,25 +6,23 @@ itself changes and a ``torch.fx.GraphModule`` takes the model's place.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx._symbolic_trace import _wrapped_fns_to_patch
-from torch.fx.graph_module import reduce_graph_module
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 
-from ghostify.errors import TraceError
+from ghostify.errors import TraceError, first_line
+from ghostify.tracing.lifted import LiftedModel, Retracer, buffers_of, keep_kinds
 from ghostify.tracing.running import unmarked
 from ghostify.tracing.sites import has_hooks
-from ghostify.tracing.symbolic import attribute, is_constant, same_steps, trace_all
+from ghostify.tracing.symbolic import attribute, is_constant, same_steps, trace_all, trace_graph
 
-_FUNCTIONS: dict[Any, type[_ConvNd]] = {
+_CONVOLUTIONS: dict[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d,
     F.conv2d: nn.Conv2d,
     F.conv3d: nn.Conv3d,
@@ -32,71 +30,44 @@ _FUNCTIONS: dict[Any, type[_ConvNd]] = {
     F.conv_transpose2d: nn.ConvTranspose2d,
     F.conv_transpose3d: nn.ConvTranspose3d,
 }
-_METHODS = ("train", "get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict")
-_HOMES = ("_parameters", "_buffers", "_modules")  # of a module's state
+_METHODS = (
+    *("__call__", "train", "eval", "_apply", "to", "state_dict", "load_state_dict"),
+    *("get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict"),
+)
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
-class _Retracer(fx.Tracer):
-    """Reads a pickled graph again: torch traces the code that it was written as."""
+class FunctionalConvolutions(TorchFunctionMode):
+    """While it is open, notes which modules hold the weights that are given to convolutions as arguments."""
 
-    proxy_buffer_attributes = True
+    def __init__(self, owners: dict[int, list[str]]) -> None:
+        super().__init__()
+        self.owners: set[str] = set()
+        self._of_parameter = owners
 
-
-class LiftedModel(fx.GraphModule):
-    """A model as a graph whose functional convolutions are modules; copies and pickles keep what the graph lacks."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
-        made = super().__deepcopy__(memo)
-        for name in vars(self).keys() - vars(made).keys():
-            setattr(made, name, copy.deepcopy(vars(self)[name], memo))
-        _take_over(made, {kind: copy.deepcopy(vars(self)[kind], memo) for kind in _HOMES})
-        _keep_out_of_state(made, self)
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        kept_out = {name: module._non_persistent_buffers_set for name, module in self.named_modules()}
-        return _unpickled, (*super().__reduce__()[1], type(self).__name__, kept_out)
-
-
-def _unpickled(body: dict[str, Any], imports: str, kind: str, kept_out: dict[str, set[str]]) -> LiftedModel:
-    known = set(_wrapped_fns_to_patch)
-    read: Any = reduce_graph_module(body, imports)
-    # Where an argument is None torch notes a function that it does not find again; no model could be traced then.
-    for node in read.graph.nodes:
-        node.meta.pop("is_wrapped", None)
-    for wrapped in _wrapped_fns_to_patch.keys() - known:
-        del _wrapped_fns_to_patch[wrapped]
-    made = LiftedModel(read, read.graph, kind)
-    for name in vars(read).keys() - vars(made).keys():
-        setattr(made, name, vars(read)[name])
-    _take_over(made, body)
-    for name, module in made.named_modules():
-        module._non_persistent_buffers_set = kept_out.get(name, set())
-    return made
-
-
-def _take_over(made: nn.Module, known: dict[str, Any]) -> None:
-    """Let it hold all that there is by all names; torch's graphs hold what they read, by one name."""
-    for kind in _HOMES:
-        held = {**known[kind], **vars(made)[kind], **known[kind]}  # in the order that is known
-        vars(made)[kind].clear()
-        vars(made)[kind].update(held)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CONVOLUTIONS:
+            weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+            self.owners.update(self._of_parameter.get(id(weight), ()))
+        return func(*args, **(kwargs or {}))
 
 
 def lift_functions(
-    model: nn.Module, graph: fx.Graph, arguments: Collection[str]
+    model: nn.Module, graph: fx.Graph, arguments: Collection[str], owners: Collection[str] = ()
 ) -> tuple[LiftedModel, tuple[str, ...]] | None:
     """Make a model in which functional convolutions with a stored weight are modules.
 
-    Parameters are shared with the model, and keep their names in the state dict where the function's
-    owner calls them ``weight`` and ``bias``.
+    Parameters are shared with the model. They keep their names in the state dict where an owner inside the model
+    calls them ``weight`` and ``bias`` and holds nothing else.
 
     Args:
         model: The model; left untouched.
         graph: Its FX graph in evaluation mode; left untouched.
         arguments: What the example gives, as in [trace_graph][ghostify.tracing.symbolic.trace_graph].
+        owners: Names of the modules that hold the weights. The graph goes into those without children, which are a node
+            each where it was traced, but for convolutions.
 
     Returns:
         The new model and the names of its new convolutions; ``None`` if there is nothing to lift.
@@ -104,7 +75,13 @@ def lift_functions(
     Raises:
         TraceError: A graph would not do what the model does in training, or with other values in its state.
     """
-    lifted = fx.Graph(tracer_cls=_Retracer)
+    entered = [name for name in owners if _can_be_entered(model, name)]
+    if entered:
+        try:
+            graph = trace_graph(model, arguments, entered=entered)
+        except Exception as error:  # whatever FX or the model's own code raises
+            raise TraceError(f"FX cannot trace what is inside of {', '.join(entered)} ({first_line(error)})") from error
+    lifted = fx.Graph(tracer_cls=Retracer)
     lifted.output(lifted.graph_copy(graph, {}))
     taken = {str(node.target) for node in lifted.nodes if node.op == "call_module"}
     reads = Counter(str(node.target) for node in lifted.nodes if node.op == "get_attr")
@@ -112,7 +89,7 @@ def lift_functions(
         reads.update(f"{called}.{name}" for name, _ in model.get_submodule(called).named_parameters())
     made: dict[str, nn.Module] = {}
     for node in list(lifted.nodes):
-        if node.op == "call_function" and node.target in _FUNCTIONS:
+        if node.op == "call_function" and node.target in _CONVOLUTIONS:
             conv = _module_for(node, model, reads)
             if conv is not None:
                 name = _name_for(node, {*taken, *made, *reads}, model)
@@ -125,8 +102,7 @@ def lift_functions(
                     lifted.erase_node(dead)
     if not made:
         return None
-    _check_graph(model, graph, arguments)
-    _check_modules(model, taken)
+    _check_graph(model, graph, arguments, entered)
     _check_names(model)
     for node in list(filter(is_constant, lifted.nodes)):  # made anew in every run: it may be changed there
         with lifted.inserting_after(node):
@@ -134,19 +110,24 @@ def lift_functions(
         node.replace_all_uses_with(fresh, delete_user_cb=lambda user, fresh=fresh: user is not fresh)
     named = {str(node.target): node for node in lifted.nodes if node.op in ("call_module", "get_attr")}
     root = {target: attribute(named[target], model) for target in sorted(named.keys() - made.keys())}
-    kept_out = [(module, set(module._non_persistent_buffers_set)) for module in model.modules()]
+    buffers = buffers_of(model)
     whole = LiftedModel({**root, **made}, lifted, type(model).__name__)
-    for module, names in kept_out:  # torch registers the buffers of shared modules once more
-        module._non_persistent_buffers_set = names
+    keep_kinds(model, buffers)  # torch registers the buffers of shared modules once more
     _hold_all(whole, model, {id(parameter) for conv in made.values() for parameter in conv.parameters()})
     known = set(model.modules())
     for module in whole.modules():
         if module not in known:  # what is shared with the model keeps its mode
             module.training = model.training
+    _check_modules(model, taken, set(whole.modules()))
     return whole, tuple(made)
 
 
-def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str]) -> None:
+def _can_be_entered(model: nn.Module, name: str) -> bool:
+    module = dict(model.named_modules()).get(name)
+    return module is not None and not isinstance(module, _ConvNd) and next(module.children(), None) is None
+
+
+def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str], entered: Collection[str]) -> None:
     """See that the forward does the same in training, and with other values in the model's state.
 
     A graph holds the branches of one mode, and numbers that were computed while it was traced.
@@ -154,42 +135,53 @@ def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str]) 
     Raises:
         TraceError: It does not.
     """
-    try:
-        with _other_values(model):
-            same = same_steps(graph, trace_all(model, arguments, training=True))
-    except TraceError:
-        raise
-    except Exception as error:  # whatever FX or the model's own code raises
-        lines = str(error).strip().splitlines() or [""]
-        raise TraceError(f"with buffers as a part of the graph it cannot be traced ({lines[0]})") from error
-    if not same:
-        raise TraceError("what it does depends on the mode, or on values in its state")
+    for change in (_lowered, _raised):
+        try:
+            with _changed_state(model, change):
+                same = same_steps(graph, trace_all(model, arguments, entered, training=True))
+        except TraceError:
+            raise
+        except Exception as error:  # whatever FX or the model's own code raises
+            raise TraceError(
+                f"in training, or with buffers as a part of the graph, it cannot be traced ({first_line(error)})"
+            ) from error
+        if not same:
+            raise TraceError("what it does depends on the mode, or on values in its state")
 
 
 @contextmanager
-def _other_values(model: nn.Module) -> Iterator[None]:
-    """While it is open all parameters and buffers have other values."""
-    others: dict[int, Tensor] = {}
-    with unmarked(model), torch.no_grad():  # which gives back what these dictionaries held
-        for module in model.modules():
-            for home in (module._parameters, module._buffers):
-                for name, value in home.items():
-                    if value is not None:
-                        home[name] = others.setdefault(id(value), _other_value(value))  # type: ignore[assignment]
-        yield
+def _changed_state(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it is open all parameters and buffers have other values; by whatever name they are known."""
+    state = {id(value): value for _, value in _named_state(model)}.values()
+    before = [(value, value.data) for value in state]
+    with unmarked(model):
+        try:
+            for value, data in before:
+                with suppress(RuntimeError, TypeError):  # sparse tensors and numbers of 8 bits know no arithmetic
+                    value.data = change(data)
+            yield
+        finally:
+            for value, data in before:
+                value.data = data
 
 
-def _other_value(tensor: Tensor) -> Tensor:
-    """Of another sign, so that comparisons come out otherwise; the same where there is no arithmetic for its kind."""
-    try:
-        value = -1.5 * tensor - 0.25 if tensor.is_floating_point() or tensor.is_complex() else ~tensor
-    except (RuntimeError, TypeError):  # sparse tensors, numbers of 8 bits
-        return tensor
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+def _lowered(tensor: Tensor) -> Tensor:
+    """Below zero, so that comparisons come out otherwise."""
+    return -tensor.abs() - 1000 if tensor.is_floating_point() or tensor.is_complex() else ~tensor
 
 
-def _check_modules(model: nn.Module, taken: Collection[str]) -> None:
+def _raised(tensor: Tensor) -> Tensor:
+    """Large, and of another kind of numbers, which a forward may ask for, too."""
+    return tensor.double().abs() + 1000 if tensor.is_floating_point() or tensor.is_complex() else tensor + 1000
+
+
+def _check_modules(model: nn.Module, taken: Collection[str], held: Collection[nn.Module]) -> None:
     """See that a module that the graph does not call does no more than its forward does.
+
+    Args:
+        model: The model.
+        taken: Names of what the graph calls.
+        held: Modules that the graph holds as they are, whether it calls them or not.
 
     Raises:
         TraceError: Something looks on, or it has a state or a way into training of its own.
@@ -198,8 +190,10 @@ def _check_modules(model: nn.Module, taken: Collection[str]) -> None:
         who = f"module {name!r}" if name else "the model itself"
         if any(name == called or name.startswith(f"{called}.") for called in taken):
             continue
-        if has_hooks(module):
+        if has_hooks(module) or any(getattr(module, hooks) for hooks in _HOOKS):
             raise TraceError(f"{who} carries hooks")
+        if module in held:
+            continue
         own = [method for method in _METHODS if getattr(type(module), method) is not getattr(nn.Module, method)]
         if own:
             raise TraceError(f"{who} has a {own[0]} of its own")
@@ -241,17 +235,9 @@ def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int]) -> None
                     there[id(module)] = module if whole else nn.Module()
                 home._modules[part] = there[id(module)]
             home = home.get_submodule(part)
-        if home._parameters.get(last) is None and home._buffers.get(last) is None:
+        if getattr(home, last, None) is None:
             setattr(home, last, value if isinstance(value, nn.Parameter) else nn.Buffer(value))
-    _keep_out_of_state(made, model)
-
-
-def _keep_out_of_state(made: nn.Module, model: nn.Module) -> None:
-    """Keep out of the state what the model keeps out of its own; torch's graphs forget it."""
-    modules = dict(model.named_modules())
-    for name, module in made.named_modules():
-        if name in modules:
-            module._non_persistent_buffers_set |= modules[name]._non_persistent_buffers_set & module._buffers.keys()
+    keep_kinds(made, buffers_of(model))
 
 
 def _named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -262,11 +248,11 @@ def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd
     """The module that computes what a call computes, with the same parameters; ``None`` where there can be none."""
     weight, bias = (_parameter(_argument(node, name), model, reads) for name in ("weight", "bias"))
     options = {name: _argument(node, name) for name in _ARGUMENTS[3:]}
-    kind = _FUNCTIONS[node.target]
+    kind = _CONVOLUTIONS[node.target]
     if weight is None or (bias is None) != (_argument(node, "bias") is None):
         return None
-    known = [_argument(node, name) for name in ("input", "weight", "bias")]
-    if any(read not in known for read in node.all_input_nodes):  # an option that is computed
+    tensors = [_argument(node, name) for name in ("input", "weight", "bias")]
+    if any(read not in tensors for read in node.all_input_nodes):  # an option that is computed
         return None
     options = {name: value for name, value in options.items() if value is not None}
     groups = options.get("groups", 1)
@@ -286,7 +272,7 @@ def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd
 
 def _argument(node: fx.Node, name: str) -> Any:
     """An argument of a functional convolution, ``None`` if it is not given."""
-    names = _TRANSPOSED_ARGUMENTS if issubclass(_FUNCTIONS[node.target], _ConvTransposeNd) else _ARGUMENTS
+    names = _TRANSPOSED_ARGUMENTS if issubclass(_CONVOLUTIONS[node.target], _ConvTransposeNd) else _ARGUMENTS
     given = dict(zip(names, node.args))
     return given.get(name, node.kwargs.get(name))
 
@@ -304,12 +290,12 @@ def _parameter(argument: Any, model: nn.Module, reads: Counter[str]) -> nn.Param
 def _name_for(node: fx.Node, taken: Collection[str], model: nn.Module) -> str:
     """Where to put the module: in its owner's place, if that holds nothing else, so that keys of the state stay."""
     weight, bias = (_argument(node, name) for name in ("weight", "bias"))
-    owner, _, attribute = str(weight.target).rpartition(".")
+    owner, _, last = str(weight.target).rpartition(".")
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     names = {*taken, *(name for name, _ in _named_state(model))}
     inside = {name for name in names if name == owner or name.startswith(f"{owner}.")}
     mine = {str(argument.target) for argument in (weight, bias) if argument is not None}
-    plain = attribute == "weight" and (bias is None or str(bias.target) == f"{owner}.bias")
+    plain = last == "weight" and (bias is None or str(bias.target) == f"{owner}.bias")
     if owner and plain and inside == mine:
         return owner
     name = f"{weight.target}_conv"

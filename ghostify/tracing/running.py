@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,11 +49,29 @@ def own_random_state(*models: nn.Module) -> Iterator[None]:
 
 
 def random_state(*models: nn.Module) -> tuple[object, ...]:
-    """Where torch's generators are, of the CPU and of the GPUs that models lie on, and Python's and NumPy's own."""
+    """Where torch's generators are, of the CPU and of the GPUs that models lie on, and Python's and NumPy's own.
+
+    And those that are attributes of the models' modules.
+    """
     generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus(*models))]
     states = [generator.get_state().numpy().tobytes() for generator in generators]
     numpy = sys.modules.get("numpy")
-    return *states, random.getstate(), None if numpy is None else repr(numpy.random.get_state(legacy=False))
+    held = (value for model in models for module in model.modules() for value in vars(module).values())
+    own = [state for value in held if (state := _state_of_generator(value, numpy)) is not None]
+    return *states, random.getstate(), None if numpy is None else repr(numpy.random.get_state(legacy=False)), *own
+
+
+def _state_of_generator(value: object, numpy: Any) -> object:
+    """Where a generator of random numbers is; nothing of all else."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return repr(value.get_state(legacy=False))
+    return None
 
 
 @contextmanager
@@ -62,8 +80,8 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
 
     A forward may count its calls in a buffer, keep its last input as an attribute, or put what it
     computes into a dictionary. Attributes (the training flags among them), what lists, sets and
-    dictionaries in them hold, and buffers are as found afterwards, also after an error. Not so what
-    is nested deeper, a tensor that is no buffer, and a weight that the forward itself changes.
+    dictionaries in them hold, however deep, and buffers are as found afterwards, also after an error. Not so what
+    other objects hold, a tensor that is no buffer, and a weight that the forward itself changes.
     Random numbers that are drawn meanwhile, on the CPU and on the model's GPUs, count for nothing, and such a GPU
     computes in [full precision][ghostify.tracing.running.full_precision].
 
@@ -79,10 +97,10 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
     modules = [module for module in model.modules() if module not in apart]
     attributes = [(module, dict(vars(module))) for module in modules]
     contents = [
-        (f"{type(module).__name__}.{name}", value, copy.copy(value))
+        (f"{type(module).__name__}.{name}", container, copy.copy(container))
         for module, found in attributes
         for name, value in found.items()
-        if isinstance(value, MutableMapping | MutableSequence | MutableSet)
+        for container in _containers(value, set())
     ]
     buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]
@@ -150,6 +168,19 @@ def put_back(buffer: Tensor, value: Tensor) -> None:
     """Give a buffer the values that it had; one that has them is not written to."""
     if buffer.layout is not torch.strided or not torch.equal(buffer, value):  # sparse tensors know no comparison
         buffer.copy_(value)
+
+
+def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
+    """What can be changed of a list, set or dictionary, and of what it holds."""
+    mapping = isinstance(value, Mapping)
+    if id(value) in seen or not (mapping or isinstance(value, list | tuple | MutableSequence | MutableSet)):
+        return
+    seen.add(id(value))
+    if isinstance(value, MutableMapping | MutableSequence | MutableSet):
+        yield value
+    if mapping or isinstance(value, list | tuple):  # an array or a set holds nothing that could be changed
+        for part in list(value.values() if mapping else value):
+            yield from _containers(part, seen)
 
 
 def _holds(container: Any, content: Any) -> bool:

@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -27,12 +28,23 @@ _CONSTANT = "constant"
 _CASTING = ("cpu", "cuda")  # devices that autocast is turned on and off for
 
 
+@dataclass(frozen=True)
+class _Default:
+    """What FX is to take as it is, and would take apart if it were a tuple, say."""
+
+    value: Any
+
+
 class _Tracer(fx.Tracer):
     """Keeps convolutions, batch norms and modules without children whole, as one node each, whatever their class."""
 
-    def __init__(self, model: nn.Module, *, buffers: bool) -> None:
+    def __init__(
+        self, model: nn.Module, arguments: Collection[str], entered: Collection[str], *, buffers: bool
+    ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
+        self._given = arguments
+        self._entered = {id(module) for name, module in model.named_modules() if name in entered}
         # Found before: to look at a norm's statistics while FX traces would make nodes that read them.
         self._norms = {id(module) for module in model.modules() if is_batch_norm(module)}
         # FX counts on from model to model; here the same model has the same names every time.
@@ -44,8 +56,20 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        alone = isinstance(m, _ConvNd) or id(m) in self._norms or next(m.children(), None) is None
-        return alone or super().is_leaf_module(m, module_qualified_name)
+        alone = next(m.children(), None) is None and id(m) not in self._entered
+        known = isinstance(m, _ConvNd) or id(m) in self._norms
+        return alone or known or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        called, found = super().create_args_for_root(*args, **kwargs)
+        return called, [argument.value if isinstance(argument, _Default) else argument for argument in found]
+
+    def _proxy_placeholder(self, name: str, concrete_args: Any, sig: inspect.Signature, fn_for_analysis: Any) -> Any:
+        """An argument that the example does not give keeps its default, and the graph does not have it."""
+        parameter = sig.parameters.get(name)  # none where it is for all others: *args
+        if parameter is None or name in self._given or parameter.default is inspect.Parameter.empty:
+            return super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
+        return _Default(parameter.default)
 
 
 def _context() -> tuple[object, ...]:
@@ -84,7 +108,9 @@ def _watched_functions(tracer: _Tracer) -> Iterator[None]:
         setattr(home, "apply", apply)  # noqa: B010
 
 
-def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool = False) -> fx.Graph:
+def trace_graph(
+    model: nn.Module, arguments: Collection[str], *, training: bool = False, entered: Collection[str] = ()
+) -> fx.Graph:
     """Trace a model symbolically; it is left as it was.
 
     Buffers that the forward reads are nodes, as parameters are, so that they stay the model's; but where one decides
@@ -93,56 +119,57 @@ def trace_graph(model: nn.Module, arguments: Collection[str], *, training: bool 
     Args:
         model: The model.
         arguments: Names of the arguments that the example gives. Others keep their defaults, so
-            ``if mask is not None`` takes the branch that it takes in the example.
+            ``if mask is not None`` takes the branch that it takes in the example; the graph does not have them.
         training: Whether all modules are in training mode, or in evaluation mode.
+        entered: Names of modules without children whose forward is a part of the graph; others are one node.
 
     Raises:
         Exception: Whatever FX raises where it cannot trace (control flow on data, say).
     """
     try:
-        return _traced(model, arguments, training=training, buffers=True)[0]
+        return _traced(model, arguments, entered, training=training, buffers=True)[0]
     except Exception:  # whatever FX or the forward raises where a number is asked for
-        return _traced(model, arguments, training=training, buffers=False)[0]
+        return _traced(model, arguments, entered, training=training, buffers=False)[0]
 
 
-def trace_all(model: nn.Module, arguments: Collection[str], *, training: bool) -> fx.Graph:
+def trace_all(model: nn.Module, arguments: Collection[str], entered: Collection[str], *, training: bool) -> fx.Graph:
     """Trace a model whose graph is to stand in its place: what the graph does must be all that the forward does.
 
     Args:
         model: The model.
         arguments: As in [trace_graph][ghostify.tracing.symbolic.trace_graph].
+        entered: The same.
         training: The same.
 
     Raises:
         TraceError: The forward leaves something on the model, such as a count, draws random numbers while it is traced,
-            or goes in some part without gradients, with gradients of its own, or in a precision of its own.
+            goes in some part without gradients, with gradients of its own, or in a precision of its own, or does
+            something else where autocast is on.
         Exception: Whatever FX raises where it cannot trace, also where a buffer decides what is done.
     """
-    # Autocast on, so that who turns it off is seen; then off, which sees who turns it on and gives the graph.
-    for enabled in (True, False):
+    graphs = []
+    for enabled in (True, False):  # autocast on: who turns it off is seen; off: who turns it on
         with _autocasting(enabled=enabled):
-            graph, unseen = _traced(model, arguments, training=training, buffers=True)
+            graph, unseen = _traced(model, arguments, entered, training=training, buffers=True)
         if unseen:
             raise TraceError(unseen[0])
-    return graph
+        graphs.append(graph)
+    if not same_steps(*graphs):
+        raise TraceError("the forward does something else where autocast is on")
+    return graphs[0]
 
 
 def _traced(
-    model: nn.Module, arguments: Collection[str], *, training: bool, buffers: bool
+    model: nn.Module, arguments: Collection[str], entered: Collection[str], *, training: bool, buffers: bool
 ) -> tuple[fx.Graph, list[str]]:
     """The graph, and what the forward does that is in no graph."""
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if name not in arguments and parameter.default is not inspect.Parameter.empty
-    }
     with unmarked(model) as left, torch.inference_mode(False), torch.enable_grad():
         for module in model.modules():
             module.training = training
         held, drawn = set(vars(model)), random_state(model)
-        tracer = _Tracer(model, buffers=buffers)
+        tracer = _Tracer(model, arguments, entered, buffers=buffers)
         with _noted_results(model), _watched_functions(tracer):
-            graph = tracer.trace(model, concrete_args=defaults or None)
+            graph = tracer.trace(model)
         read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
         hung = {name: value for name, value in vars(model).items() if name not in held and name in read}
         _note_constants(graph, hung)

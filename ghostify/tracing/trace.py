@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ghostify.errors import PlanError, TraceError
+from ghostify.errors import PlanError, TraceError, first_line
 from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
-from ghostify.tracing.example import Example, ExampleInputs, difference, unwrapped
-from ghostify.tracing.execution import run_graph
+from ghostify.tracing.example import Example, ExampleInputs, unwrapped
+from ghostify.tracing.execution import run_graph, same_answers, same_in_training
 from ghostify.tracing.graph import calls_per_module, chain_after
-from ghostify.tracing.lifting import lift_functions
+from ghostify.tracing.lifting import FunctionalConvolutions, lift_functions
 from ghostify.tracing.modes import in_both_modes
 from ghostify.tracing.sites import is_separable, obstacle_to_replacing, own_facts, parameter_owners
 from ghostify.tracing.streams import Streams, find_streams
@@ -95,20 +95,17 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     model = unwrapped(model)
     _check_kind(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
-    calls, unusual, outputs, count = _record(model, convolutions, example)
+    owners = parameter_owners(model)
+    with FunctionalConvolutions(owners) as functional:
+        calls, unusual, outputs, count = _record(model, convolutions, example)
     arguments = example.names(model)
     graph, note = _graph_or_reason(model, arguments, convolutions, calls, example, outputs)
     stays = ""  # why what is called as a function does
-    if lift and graph is not None:
-        try:
-            if (lifted := lift_functions(model, graph, arguments)) is not None:
-                facts = trace(lifted[0], example, lift=False)
-                if not difference(facts.outputs, outputs):
-                    unlifted = trace(model, example, lift=False) if convolutions else None
-                    return replace(facts, lifted=lifted[1], unlifted=unlifted, arguments=arguments)
-                stays = "a graph gives other outputs"
-        except TraceError as error:
-            stays = str(error)
+    if lift:
+        inside = functional.owners - convolutions.keys()
+        facts, stays = _facts_of_lifted(model, graph, note, arguments, inside, example, outputs)
+        if facts is not None:
+            return replace(facts, unlifted=trace(model, example, lift=False) if convolutions else None)
     if not convolutions:
         raise PlanError(
             f"{type(model).__name__} has no convolution module, so there is nothing to replace. "
@@ -120,7 +117,6 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
             f"convolutions that {type(model).__name__} calls as functions stay as they are: {stays}", stacklevel=2
         )
     nodes = _nodes_by_module(graph)
-    owners = parameter_owners(model)
     units = [f"{name}." for name, module in model.named_modules() if isinstance(module, GhostConv)]
     sites = [
         _site(
@@ -141,18 +137,44 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     return Trace(model, example, outputs, tuple(sites), graph, note, count, arguments=arguments, streams=streams)
 
 
-def lifted_as(model: nn.Module, arguments: Collection[str]) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model in which functional convolutions are modules, and their names, without a run.
+def _facts_of_lifted(
+    model: nn.Module,
+    graph: fx.Graph | None,
+    note: str,
+    arguments: tuple[str, ...],
+    owners: Collection[str],
+    example: Example,
+    outputs: Any,
+) -> tuple[Trace | None, str]:
+    """The facts of the model with modules in the place of functional convolutions, or why those that it has stay."""
+    if graph is None:
+        return None, f"there is no graph ({note})" if owners else ""
+    try:
+        lifted = lift_functions(model, graph, arguments, owners)
+        if lifted is None:
+            return None, "a weight is used more than once, or an option is computed" if owners else ""
+        facts = trace(lifted[0], example, lift=False)
+    except TraceError as error:
+        return None, str(error)
+    if not same_answers(facts.outputs, outputs) or not same_in_training(model, lifted[0], example):
+        return None, "a graph gives other outputs"
+    return replace(facts, lifted=lifted[1], arguments=arguments), ""
+
+
+def lifted_as(model: nn.Module, arguments: Collection[str], names: Collection[str]) -> nn.Module:
+    """The model in which functional convolutions are modules, without a run.
 
     Args:
         model: The model as it is; left untouched.
         arguments: What the example had given when the model was traced.
+        names: Those that the convolutions had then.
 
     Raises:
         TraceError: There is no such model.
     """
     try:
-        lifted = lift_functions(model, trace_graph(model, arguments), arguments)
+        owners = {*names, *(name.rpartition(".")[0] for name in names)}
+        lifted = lift_functions(model, trace_graph(model, arguments), arguments, owners)
     except TraceError as error:
         raise TraceError(
             f"convolutions that {type(model).__name__} calls as functions cannot be made modules: {error}. "
@@ -167,7 +189,7 @@ def lifted_as(model: nn.Module, arguments: Collection[str]) -> tuple[nn.Module, 
             f"{type(model).__name__} calls no convolution as a function, and the plan replaces some. "
             "Pass the model that was planned."
         )
-    return lifted
+    return lifted[0]
 
 
 def _check_kind(model: nn.Module) -> None:
@@ -239,8 +261,7 @@ def _graph_or_reason(
     try:
         graph = trace_graph(model, arguments)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        return None, f"{type(error).__name__}: {lines[0]}"
+        return None, first_line(error)
     in_graph = calls_per_module(graph)
     for name in convolutions:
         if in_graph[name] != len(calls[name]):

@@ -2,7 +2,9 @@
 
 import copy
 import random
+from functools import partial
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,11 +151,78 @@ class IsWatched(CallsAFunction):
         return self.body(x)
 
 
+class IsOtherWithAutocast(CallsAFunction):
+    def forward(self, x):
+        return self.body(x * 3 if torch.is_autocast_enabled("cpu") else x)
+
+
+class LeavesOutByItsOwn(CallsAFunction):
+    """Three kinds of generators; nobody else draws from them."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, x):
+        draw = getattr(self.generator, "random", None) or partial(self.draw, self.generator)
+        return self.body(x if self.training and float(draw()) < 0.1 else 2 * x)
+
+    @staticmethod
+    def draw(generator):
+        return torch.rand(1, generator=generator)
+
+
+class AsksWhatItIsGiven(CallsAFunction):
+    def forward(self, x):
+        return self.body(x * 2 if self.training and isinstance(x, torch.Tensor) else x)
+
+
+class IsGated(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gate", torch.tensor(0.0))
+
+    def forward(self, x):
+        return self.body(-x if dict(self.named_buffers())["gate"] > 0.5 else x)
+
+
+class CastsToItsOwn(CallsAFunction):
+    def forward(self, x):
+        return self.body(x.to(next(self.parameters()).dtype))
+
+
+class LogsDeepInside(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.log = {"means": []}
+
+    def forward(self, x):
+        self.log["means"].append(x.mean())
+        return self.body(x)
+
+
+class WantsTargets(CallsAFunction):
+    def forward(self, x, targets=None):
+        if self.training and targets is None:
+            raise ValueError("targets are needed in training")
+        return self.body(x)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (ChoosesByABuffer, "with buffers as a part of the graph it cannot be traced"),
-        (ScalesByANumber, "with buffers as a part of the graph it cannot be traced"),
+        (IsOtherWithAutocast, "the forward does something else where autocast is on"),
+        (partial(LeavesOutByItsOwn, random.Random(0)), "the forward draws random numbers"),
+        (partial(LeavesOutByItsOwn, numpy.random.default_rng(0)), "the forward draws random numbers"),
+        (partial(LeavesOutByItsOwn, numpy.random.RandomState(0)), "the forward draws random numbers"),
+        (partial(LeavesOutByItsOwn, torch.Generator()), "the forward draws random numbers"),
+        (AsksWhatItIsGiven, "a graph gives other outputs"),
+        (IsGated, "what it does depends on"),
+        (CastsToItsOwn, "what it does depends on"),
+        (LogsDeepInside, "the forward changes LogsDeepInside.log"),
+        (WantsTargets, "in training, or .* it cannot be traced .*targets are needed"),
+        (ChoosesByABuffer, "in training, or with buffers as a part of the graph, it cannot be traced"),
+        (ScalesByANumber, "in training, or with buffers as a part of the graph, it cannot be traced"),
         (ScalesByName, "what it does depends on"),
         (ReadsWithoutAName, "what it does depends on"),
         (Counts, "the forward changes Counts._buffers"),
@@ -177,7 +246,7 @@ class IsWatched(CallsAFunction):
 def test_nothing_is_lifted_where_a_graph_would_lose_what_the_model_holds_or_does(kind, reason):
     model = made(kind)
     before, parameters = copy.deepcopy(model.state_dict()), [id(parameter) for parameter in model.parameters()]
-    told = f"convolutions that {kind.__name__} calls as functions stay as they are: {reason}"
+    told = f"convolutions that {type(model).__name__} calls as functions stay as they are: {reason}"
     with pytest.warns(UserWarning, match=told):
         plan = ghostify.plan(model, example_inputs=X)
     assert plan.trace_way == "fx"
@@ -185,6 +254,44 @@ def test_nothing_is_lifted_where_a_graph_would_lose_what_the_model_holds_or_does
     assert {decision.site.name for decision in plan.replaced} == {"c2"}
     assert [id(parameter) for parameter in model.parameters()] == parameters
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def own(name):
+    """A model with a method of its own, which does what torch's does."""
+
+    def method(self, *args, **kwargs):
+        return getattr(CallsAFunction, name)(self, *args, **kwargs)
+
+    return type("HasItsOwn", (CallsAFunction,), {name: method, "forward": lambda self, x: self.body(x)})()
+
+
+@pytest.mark.parametrize("name", ["__call__", "eval", "_apply", "to", "state_dict", "load_state_dict"])
+def test_nothing_is_lifted_where_the_model_has_a_way_of_its_own(name):
+    with pytest.warns(UserWarning, match=f"stay as they are: the model itself has a {name} of its own"):
+        assert not ghostify.plan(own(name), example_inputs=X).lifted
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_state_dict_post_hook",
+        "register_state_dict_pre_hook",
+        "register_load_state_dict_pre_hook",
+        "register_load_state_dict_post_hook",
+    ],
+)
+def test_nothing_is_lifted_where_hooks_change_what_is_stored(register):
+    model = own("forward")
+    getattr(model, register)(lambda *args: None)
+    with pytest.warns(UserWarning, match="stay as they are: the model itself carries hooks"):
+        assert not ghostify.plan(model, example_inputs=X).lifted
+
+
+def test_tracing_leaves_nothing_in_what_a_model_holds_however_deep():
+    model = made(LogsDeepInside)
+    with pytest.warns(UserWarning, match="stay as they are"):
+        ghostify.plan(model, example_inputs=X)
+    assert model.log == {"means": []}
 
 
 def test_an_option_that_is_computed_stays():
@@ -197,7 +304,8 @@ def test_an_option_that_is_computed_stays():
         def forward(self, x):
             return self.body(x)
 
-    small = converted(made(PadsByItsSize))
+    with pytest.warns(UserWarning, match="a weight is used more than once, or an option is computed"):
+        small = converted(made(PadsByItsSize))
     assert not small.ghostify_plan.lifted
     assert small.ghostify_plan.trace_way == "fx"
 

@@ -1,0 +1,95 @@
+"""A graph that stands in a model's place: what copies and pickles of it keep, and torch's own graphs lose."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import reduce_graph_module
+
+_HOMES = ("_parameters", "_buffers", "_modules")  # of a module's state
+
+
+class Retracer(fx.Tracer):
+    """Reads a pickled graph again: torch traces the code that it was written as."""
+
+    proxy_buffer_attributes = True
+
+
+class LiftedModel(fx.GraphModule):
+    """A model as a graph whose functional convolutions are modules; copies and pickles keep what the graph lacks."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        made = super().__deepcopy__(memo)
+        for name, value in vars(self).items():
+            if name not in vars(made) or "_hooks" in name:
+                vars(made)[name] = copy.deepcopy(value, memo)
+        _take_over(made, {kind: copy.deepcopy(vars(self)[kind], memo) for kind in _HOMES})
+        keep_kinds(made, buffers_of(self))
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        buffers = {name for name, _ in self.named_buffers(remove_duplicate=False)}
+        targets = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        read = {target: operator.attrgetter(target)(self) for target in sorted(targets - buffers)}
+        plain = [
+            name for name, value in read.items() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        ]
+        return _unpickled, (*super().__reduce__()[1], type(self).__name__, buffers_of(self), plain)
+
+
+def _unpickled(
+    body: dict[str, Any], imports: str, kind: str, buffers: dict[str, Buffers], plain: list[str]
+) -> LiftedModel:
+    for target in plain:  # while torch traces, or it would compute with the tensor's values
+        *path, last = target.split(".")
+        home = vars(body["_modules"][path[0]].get_submodule(".".join(path[1:]))) if path else body
+        home["_buffers"][last] = home.pop(last)
+    read: Any = reduce_graph_module(body, imports)
+    made = LiftedModel(read, read.graph, kind)
+    for name in vars(read).keys() - vars(made).keys():
+        setattr(made, name, vars(read)[name])
+    _take_over(made, body)
+    keep_kinds(made, buffers)
+    return made
+
+
+def _take_over(made: nn.Module, known: dict[str, Any]) -> None:
+    """Let it hold all that there is by all names; torch's graphs hold what they read, by one name."""
+    for kind in _HOMES:
+        held = {**known[kind], **vars(made)[kind], **known[kind]}  # in the order that is known
+        vars(made)[kind].clear()
+        vars(made)[kind].update(held)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Names of a module's buffers, and which of them are no part of its state."""
+
+    all: frozenset[str]
+    kept_out: frozenset[str]
+
+
+def buffers_of(model: nn.Module) -> dict[str, Buffers]:
+    """By the names of the modules."""
+    return {
+        name: Buffers(frozenset(module._buffers.keys()), frozenset(module._non_persistent_buffers_set))
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+def keep_kinds(made: nn.Module, known: dict[str, Buffers]) -> None:
+    """Let buffers, those outside the state and tensors that are neither be what they were.
+
+    Torch's graphs make every tensor that they read, and that is no parameter, a buffer of the state.
+    """
+    for name, module in made.named_modules():
+        buffers = known.get(name, Buffers(frozenset(), frozenset()))
+        for other in {*module._buffers.keys()} - buffers.all:
+            vars(module)[other] = module._buffers.pop(other)
+        kept_out = buffers.kept_out & {*module._buffers.keys()}
+        if module._non_persistent_buffers_set != kept_out:
+            module._non_persistent_buffers_set = set(kept_out)
