@@ -14,7 +14,7 @@ from benchmarks.hardware import processor
 from benchmarks.pages import Row, add_rows, drawing, grouped, is_there, read_rows, show, told
 
 DOCS = Path(__file__).parents[1] / "docs"
-CASE = ("network", "method", "ratio", "fusion", "epochs", "images", "seed", "loss", "lr", "warmup", "batch")
+CASE = ("network", "teacher", "method", "ratio", "fusion", "epochs", "images", "seed", "loss", "lr", "warmup", "batch")
 SAME = tuple(name for name in CASE if name != "seed")  # of the runs that one line of the table is made of
 METHODS = ("teacher", "ghost", "planned", "labels", "random", "narrow", "pruned", "undistilled")  # in order
 HEADERS = (
@@ -40,7 +40,10 @@ def hardware(device: str, threads: int) -> str:
 
 
 def method_of(row: Row) -> str:
-    return row["method"] if row["fusion"] == "concat" else f"{row['method']}, `{row['fusion']}`"
+    """With what is not usual about it."""
+    fusion = [] if row["fusion"] == "concat" else [f"`{row['fusion']}`"]
+    taught = [] if row["teacher"] == row["network"] else [f"by {row['teacher']}"]
+    return ", ".join([row["method"], *fusion, *taught])
 
 
 def table_lines(rows: list[Row]) -> Iterator[list[str]]:
@@ -49,7 +52,7 @@ def table_lines(rows: list[Row]) -> Iterator[list[str]]:
     def place(same: list[Row]) -> tuple[object, ...]:
         row = same[0]
         network, method = list(NETWORKS).index(row["network"]), METHODS.index(row["method"])
-        return (network, row["ratio"], method, row["fusion"], row["epochs"], row["hardware"])
+        return (network, row["ratio"], method, row["fusion"], row["teacher"], row["epochs"], row["hardware"])
 
     for same in sorted(grouped(rows, *SAME, "hardware").values(), key=place):
         row = same[0]
@@ -76,7 +79,7 @@ def draw(rows: list[Row], plot: Path) -> None:
     with drawing(plot, len(networks), (4.6, 3.8)) as panels:
         for panel, network in zip(panels, networks):
             mine = [row for row in rows if row["network"] == network]
-            for name, same in grouped(mine, "method", "fusion", "epochs").items():
+            for name, same in grouped(mine, "method", "fusion", "teacher", "epochs").items():
                 points = sorted(
                     (macs / 1e6, statistics.mean(row["test"] for row in some))
                     for (macs,), some in grouped(same, "macs").items()

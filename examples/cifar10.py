@@ -47,7 +47,8 @@ class Case:
     """What one run is.
 
     Attributes:
-        network: Of the teacher.
+        network: What the student is made of.
+        teacher: The network that it learns from.
         method: How the student is made, a name in ``METHODS``.
         ratio: Of every Ghost unit, or of those whose MACs the student is to have.
         fusion: Of the same.
@@ -61,6 +62,7 @@ class Case:
     """
 
     network: str
+    teacher: str
     method: str
     ratio: float
     fusion: str
@@ -74,12 +76,13 @@ class Case:
 
     def __str__(self) -> str:
         form = "" if self.fusion == "concat" else f"-{self.fusion}"
-        return f"{self.network}-{self.method}-s{self.ratio:g}{form}-{self.epochs}epochs-seed{self.seed}"
+        taught = "" if self.teacher == self.network else f"-by-{self.teacher}"
+        return f"{self.network}-{self.method}-s{self.ratio:g}{form}{taught}-{self.epochs}epochs-seed{self.seed}"
 
-    def ghost(self, teacher: nn.Module, images: Tensor, initialiser: str) -> nn.Module:
-        """The teacher with Ghost units."""
+    def ghost(self, original: nn.Module, images: Tensor, initialiser: str) -> nn.Module:
+        """The original with Ghost units."""
         return ghostify.convert(
-            teacher,
+            original,
             spec=self.spec,
             example_inputs=images[:1],
             calibration=images,
@@ -87,9 +90,9 @@ class Case:
             seed=self.seed,
         )
 
-    def macs(self, teacher: nn.Module, images: Tensor) -> int:
-        """What the teacher would come down to with Ghost units."""
-        return ghostify.plan(teacher, spec=self.spec, example_inputs=images[:1]).macs_after
+    def macs(self, original: nn.Module, images: Tensor) -> int:
+        """What the original would come down to with Ghost units."""
+        return ghostify.plan(original, spec=self.spec, example_inputs=images[:1]).macs_after
 
     @property
     def spec(self) -> ghostify.GhostSpec:
@@ -97,35 +100,35 @@ class Case:
         return ghostify.GhostSpec(ratio=self.ratio, fusion=self.fusion)  # type: ignore[arg-type]
 
 
-def started(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+def started(case: Case, original: nn.Module, images: Tensor) -> nn.Module:
     """Ghost units that start from the old weights."""
-    return case.ghost(teacher, images, "alternating")
+    return case.ghost(original, images, "alternating")
 
 
-def planned(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+def planned(case: Case, original: nn.Module, images: Tensor) -> nn.Module:
     """As many MACs, spent where the network's answers lose least."""
-    budget = {"macs": case.macs(teacher, images)}
-    return ghostify.convert(teacher, budget=budget, sensitivity="measured", calibration=images, seed=case.seed)
+    budget = {"macs": case.macs(original, images)}
+    return ghostify.convert(original, budget=budget, sensitivity="measured", calibration=images, seed=case.seed)
 
 
-def random(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+def random(case: Case, original: nn.Module, images: Tensor) -> nn.Module:
     """The same units, from random weights."""
-    return case.ghost(teacher, images, "random")
+    return case.ghost(original, images, "random")
 
 
-def narrow(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
+def narrow(case: Case, original: nn.Module, images: Tensor) -> nn.Module:
     """A narrower plain network, from random weights."""
-    return narrowed(case.network, case.macs(teacher, images), images, case.seed)
+    return narrowed(case.network, case.macs(original, images), images, case.seed)
 
 
-def without_channels(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
-    """The teacher without the channels that torch-pruning takes away."""
-    return pruned(teacher, case.macs(teacher, images), example_inputs=images[:1])
+def without_channels(case: Case, original: nn.Module, images: Tensor) -> nn.Module:
+    """The original without the channels that torch-pruning takes away."""
+    return pruned(original, case.macs(original, images), example_inputs=images[:1])
 
 
-def itself(case: Case, teacher: nn.Module, images: Tensor) -> nn.Module:
-    """The teacher, or a network that is to become one."""
-    return plain(case.network, case.seed) if case.epochs else teacher
+def itself(case: Case, original: nn.Module, images: Tensor) -> nn.Module:
+    """The original, or a network that is to become a teacher."""
+    return plain(case.network, case.seed) if case.epochs else original
 
 
 METHODS: dict[str, Callable[[Case, nn.Module, Tensor], nn.Module]] = {
@@ -152,11 +155,12 @@ def run(case: Case, options: argparse.Namespace) -> Row:
         DataOptions(seed=case.seed, batch_size=case.batch, val_size=options.val, device=options.device),
     )
     # A network in training needs a teacher as well, though that one's answers count for nothing.
-    teacher = weights_of("resnet20" if case.method == "teacher" and case.epochs else case.network, options)
-    teacher.to(options.device)
+    taught_by_none = case.method == "teacher" and case.epochs
+    teacher = weights_of("resnet20" if taught_by_none else case.teacher, options).to(options.device)
+    original = teacher if case.teacher == case.network else weights_of(case.network, options).to(options.device)
     images = data.train.sample(case.images)  # type: ignore[attr-defined]
 
-    student, seconds = start_of(case, teacher, images, folder)
+    student, seconds = start_of(case, original, images, folder)
     student.to(options.device)
     row: Row = {**asdict(case), "start_seconds": seconds}
     row |= {"params": count_params(student), "macs": count_macs(student, images[:1]).macs}
@@ -170,13 +174,13 @@ def run(case: Case, options: argparse.Namespace) -> Row:
     return row
 
 
-def start_of(case: Case, teacher: nn.Module, images: Tensor, folder: Path) -> tuple[nn.Module, float]:
+def start_of(case: Case, original: nn.Module, images: Tensor, folder: Path) -> tuple[nn.Module, float]:
     """The student before its training, and the seconds that it took; Ghost units are made once, and then read again."""
     kept, told = folder / "start", folder / "start.json"
     if told.is_file():
-        return ghostify.load(kept, base=teacher), json.loads(told.read_text(encoding="utf-8"))["seconds"]
+        return ghostify.load(kept, base=original), json.loads(told.read_text(encoding="utf-8"))["seconds"]
     clock = time.perf_counter()
-    student = METHODS[case.method](case, teacher, images)
+    student = METHODS[case.method](case, original, images)
     seconds = time.perf_counter() - clock
     if case.method in OF_GHOST_UNITS:
         ghostify.save(student, kept)
@@ -269,7 +273,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     choices = (options.seeds, options.network, options.ratio, options.fusion, options.method)
     for seed, network, ratio, fusion, method in product(*choices):
         settings = (options.images, seed, options.loss, options.lr, options.warmup, options.batch)
-        case = Case(network, method, ratio, fusion, options.epochs, *settings)
+        taught = method not in (*BY_LABELS, "undistilled")
+        teacher = (options.teacher if taught else None) or network
+        case = Case(network, teacher, method, ratio, fusion, options.epochs, *settings)
         known = method == "teacher" and weights_file(options.weights, network).is_file()
         if method == "undistilled" or known:
             case = replace(case, epochs=0)
@@ -281,6 +287,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, nargs="+", default=["resnet20"])
+    parser.add_argument("--teacher", choices=NETWORKS, help="the network to learn from, instead of the original")
     parser.add_argument("--method", choices=METHODS, nargs="+", default=["ghost"])
     parser.add_argument("--ratio", type=float, nargs="+", default=[2.0])
     parser.add_argument("--fusion", choices=["concat", "add", "mul"], nargs="+", default=["concat"])

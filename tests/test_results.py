@@ -55,7 +55,8 @@ def test_a_seed_gives_a_narrow_network_its_weights():
 
 
 def finished(folder, **known):
-    row = dict.fromkeys(CASE, 0) | {"network": "resnet20", "method": "ghost", "ratio": 2.0, "fusion": "concat"}
+    row = dict.fromkeys(CASE, 0) | {"network": "resnet20", "teacher": "resnet20", "method": "ghost"}
+    row |= {"ratio": 2.0, "fusion": "concat"}
     row |= {"params": 139_114, "macs": 21_271_168, "epochs": 30, "start_seconds": 60.0, "seconds": 7200.0}
     row |= {"test": 90.0, "hardware": hardware("cpu", 1), "on": "here"} | known
     place = folder / "-".join(str(row[name]) for name in ("method", "seed"))
@@ -106,6 +107,15 @@ def test_a_setting_that_a_method_does_not_have_counts_once(monkeypatch, tmp_path
     ]
 
 
+def test_another_teacher_is_that_of_all_who_learn_from_one(monkeypatch, tmp_path):
+    ran = asked(monkeypatch, tmp_path, "--teacher", "resnet56", "--method", "narrow", "labels", "undistilled")
+    assert ran == [
+        "resnet20-narrow-s2-by-resnet56-30epochs-seed0",
+        "resnet20-labels-s2-30epochs-seed0",
+        "resnet20-undistilled-s2-0epochs-seed0",
+    ]
+
+
 def test_a_teacher_is_trained_before_its_students(monkeypatch, tmp_path):
     assert asked(monkeypatch, tmp_path, "--network", "vgg16", "--method", "ghost", "teacher") == [
         "vgg16-teacher-s1-30epochs-seed0",
@@ -137,7 +147,7 @@ def test_a_teacher_is_trained_where_it_has_no_weights(monkeypatch, tmp_path):
 
 
 def test_the_folder_of_another_run_is_refused(monkeypatch, tmp_path):
-    case = cifar10.Case("resnet20", "ghost", 2.0, "concat", 30, 1024, 0, "mse", 0.05, 0.1, 128)
+    case = cifar10.Case("resnet20", "resnet20", "ghost", 2.0, "concat", 30, 1024, 0, "mse", 0.05, 0.1, 128)
     options = argparse.Namespace(threads=1, device="cpu")
     cifar10.begun(case, tmp_path, options)
     cifar10.begun(case, tmp_path, options)  # goes on
@@ -147,7 +157,7 @@ def test_the_folder_of_another_run_is_refused(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("method", ["random", "narrow"])
 def test_the_start_of_a_run_that_goes_on_is_the_same(monkeypatch, tmp_path, method):
-    case = cifar10.Case("resnet20", method, 2.0, "concat", 30, 2, 0, "mse", 0.05, 0.1, 128)
+    case = cifar10.Case("resnet20", "resnet20", method, 2.0, "concat", 30, 2, 0, "mse", 0.05, 0.1, 128)
     teacher = plain("resnet20").eval()
     first, seconds = cifar10.start_of(case, teacher, IMAGES, tmp_path)
     assert seconds > 0
@@ -161,7 +171,7 @@ def test_the_start_of_a_run_that_goes_on_is_the_same(monkeypatch, tmp_path, meth
 
 
 def test_a_run_that_goes_on_elsewhere_tells_of_both_machines(tmp_path):
-    case = cifar10.Case("resnet20", "ghost", 2.0, "concat", 30, 1024, 0, "mse", 0.05, 0.1, 128)
+    case = cifar10.Case("resnet20", "resnet20", "ghost", 2.0, "concat", 30, 1024, 0, "mse", 0.05, 0.1, 128)
     for threads in (1, 2, 1):
         made = cifar10.begun(case, tmp_path, argparse.Namespace(threads=threads, device="cpu"))
     assert made["hardware"] == f"{hardware('cpu', 1)}; {hardware('cpu', 2)}"
