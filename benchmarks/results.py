@@ -47,16 +47,19 @@ def method_of(row: Row) -> str:
 
 
 def table_lines(rows: list[Row]) -> Iterator[list[str]]:
-    """A line for all seeds of what is otherwise the same run."""
+    """A line for all seeds of what is otherwise the same run; times only where all took theirs on the same machine."""
 
     def place(same: list[Row]) -> tuple[object, ...]:
         row = same[0]
         network, method = list(NETWORKS).index(row["network"]), METHODS.index(row["method"])
-        return (network, row["ratio"], method, row["fusion"], row["teacher"], row["epochs"], row["hardware"])
+        return (network, row["ratio"], method, row["fusion"], row["teacher"], row["epochs"])
 
-    for same in sorted(grouped(rows, *SAME, "hardware").values(), key=place):
+    for same in sorted(grouped(rows, *SAME).values(), key=place):
         row = same[0]
-        hours = [one["seconds"] / 3600 for one in same if one["epochs"]]
+        machines = sorted({one["hardware"] for one in same})
+        timed = same if len(machines) == 1 else []
+        starts = [one["start_seconds"] for one in timed if row["method"] != "teacher"]
+        hours = [one["seconds"] / 3600 for one in timed if one["epochs"]]
         yield [
             row["network"],
             method_of(row),
@@ -66,9 +69,9 @@ def table_lines(rows: list[Row]) -> Iterator[list[str]]:
             f"{row['macs'] / 1e6:.1f}M",
             told([one["test"] for one in same]),
             str(len(same)),
-            told([one["start_seconds"] for one in same], 0) if row["method"] != "teacher" else "",
+            told(starts, 0) if starts else "",
             told(hours, 1) if hours else "",
-            row["hardware"],
+            " or ".join(machines),
         ]
 
 

@@ -86,6 +86,17 @@ def test_the_page_has_a_line_for_all_seeds(tmp_path, capsys):
     assert (docs / "results.md").read_text() == text
 
 
+def test_seeds_on_several_machines_are_one_line_without_times(tmp_path, capsys):
+    docs, runs = tmp_path / "docs", tmp_path / "runs"
+    docs.mkdir()
+    (docs / "results.md").write_text(PAGE)
+    finished(runs, seed=0, test=90.0, hardware="one")
+    finished(runs, seed=1, test=91.0, hardware="other")
+    write_page(runs, docs)
+    line = next(line for line in (docs / "results.md").read_text().splitlines() if "90.50" in line)
+    assert [cell.strip() for cell in line.split("|")][7:-1] == ["90.50 ± 0.71", "2", "", "", "one or other"]
+
+
 def asked(monkeypatch, folder, *arguments):
     """What a command line runs."""
     ran = []
