@@ -79,6 +79,7 @@ def draw(rows: list[Row], plot: Path) -> None:
     """Test accuracy against MACs, a panel for every network."""
     networks = [name for name in NETWORKS if any(row["network"] == name for row in rows)]
     methods = list(dict.fromkeys(method_of(row) for row in rows))  # each in one colour in all panels
+    lengths = sorted({row["epochs"] for row in rows})
     with drawing(plot, len(networks), (4.6, 3.8)) as panels:
         for panel, network in zip(panels, networks):
             mine = [row for row in rows if row["network"] == network]
@@ -89,7 +90,8 @@ def draw(rows: list[Row], plot: Path) -> None:
                 )
                 label = method_of(same[0]) + (f", {name[-1]} epochs" if name[-1] else "")
                 colour = f"C{methods.index(method_of(same[0]))}"
-                panel.plot(*zip(*points), marker="o", markersize=4, color=colour, label=label.replace("`", ""))
+                marker = "os^Dv"[lengths.index(name[-1]) % 5]
+                panel.plot(*zip(*points), marker=marker, markersize=4, color=colour, label=label.replace("`", ""))
             panel.set(title=network, xlabel="MACs, millions", xlim=(0, None))
             panel.grid(alpha=0.3)
             panel.legend(fontsize=8)
