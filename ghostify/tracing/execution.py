@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_structure
 
-from ghostify.errors import first_line
+from ghostify.errors import TraceError, first_line
 from ghostify.tracing.example import Example, copier_memo, difference, same_shapes
 from ghostify.tracing.graph import CHANGES_INPUT
 from ghostify.tracing.running import full_precision, own_random_state, seed_torch, unmarked
@@ -58,29 +58,55 @@ def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any)
     return ""
 
 
-def same_in_training(model: nn.Module, other: nn.Module, example: Example) -> bool:
-    """Whether copies of two models answer the same in training mode; also where the first does not run in it.
+def parted_in_training(model: nn.Module, graph: nn.Module, example: Example) -> str:
+    """How what a graph answers in training mode is not what its model does; empty if it is, or the model does not run.
 
     A graph was traced with a stand-in for the inputs, and a forward may ask what it was given.
+
+    Raises:
+        TraceError: One of them cannot be copied.
     """
-    answers = []
-    for one in (model, other):
-        copied = copy.deepcopy(one, copier_memo(one))
-        moved = example.to(copied).copied()
-        with own_random_state(copied), full_precision(copied), torch.inference_mode(False):
-            seed_torch(0, copied)
-            for module in copied.modules():
-                module.training = True
-            try:
-                answers.append(copied(*moved.args, **moved.kwargs))
-            except Exception:  # it may want labels, or more than one example
-                return one is model
-    return same_answers(*answers)
+    try:
+        wanted = _answer_in_training(copied(model), example)
+    except TraceError:
+        raise
+    except Exception:  # it may want labels, or more than one example
+        return ""
+    try:
+        found = _answer_in_training(copied(graph), example)
+    except TraceError:
+        raise
+    except Exception as error:  # whatever the model's operations raise
+        return f"in training a graph does not run ({first_line(error)})"
+    return f"in training {parted}" if (parted := parted_answers(found, wanted)) else ""
 
 
-def same_answers(outputs: Any, originals: Any) -> bool:
-    """Whether two runs gave things of the same kind that hold the same values."""
-    return tree_structure(outputs) == tree_structure(originals) and not difference(outputs, originals)
+def _answer_in_training(model: nn.Module, example: Example) -> Any:
+    moved = example.to(model).copied()
+    with own_random_state(model), full_precision(model), torch.inference_mode(False), torch.no_grad():
+        seed_torch(0, model)
+        for module in model.modules():
+            module.training = True
+        return model(*moved.args, **moved.kwargs)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy, to do with it what must not be done with the model.
+
+    Raises:
+        TraceError: It cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, copier_memo(model))
+    except Exception as error:  # whatever an attribute raises that knows no copies, such as a lock
+        raise TraceError(f"{type(model).__name__} cannot be copied ({first_line(error)})") from error
+
+
+def parted_answers(outputs: Any, originals: Any) -> str:
+    """How what a graph gives is not what its model does; empty if it is."""
+    if tree_structure(outputs) != tree_structure(originals):
+        return f"a graph gives {type(outputs).__name__} of another structure than {type(originals).__name__}"
+    return "a graph gives other outputs" if difference(outputs, originals) else ""
 
 
 def run_node(node: fx.Node, model: nn.Module, example: Example, args: Any, kwargs: Any) -> Any:

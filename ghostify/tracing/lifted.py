@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 _HOMES = ("_parameters", "_buffers", "_modules")  # of a module's state
+_HOOKS = {name for name in vars(nn.Module()) if "_hooks" in name}
 
 
 class Retracer(fx.Tracer):
@@ -24,11 +25,13 @@ class LiftedModel(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         made = super().__deepcopy__(memo)
-        for name, value in vars(self).items():
-            if name not in vars(made) or "_hooks" in name:
-                vars(made)[name] = copy.deepcopy(value, memo)
+        for name in _lost(vars(self), made):
+            vars(made)[name] = copy.deepcopy(vars(self)[name], memo)
+        # By the memo: where a convolution is to be a Ghost unit in the copy, it is one.
         _take_over(made, {kind: copy.deepcopy(vars(self)[kind], memo) for kind in _HOMES})
-        keep_kinds(made, buffers_of(self))
+        for name in made._buffers.keys() - self._buffers.keys():
+            del made._buffers[name]
+        made._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,6 +44,11 @@ class LiftedModel(fx.GraphModule):
         return _unpickled, (*super().__reduce__()[1], type(self).__name__, buffers_of(self), plain)
 
 
+def _lost(held: dict[str, Any], made: nn.Module) -> set[str]:
+    """What torch does not take over from a graph that it copies or reads: attributes that are not read, and hooks."""
+    return (held.keys() - vars(made).keys()) | _HOOKS
+
+
 def _unpickled(
     body: dict[str, Any], imports: str, kind: str, buffers: dict[str, Buffers], plain: list[str]
 ) -> LiftedModel:
@@ -50,8 +58,8 @@ def _unpickled(
         home["_buffers"][last] = home.pop(last)
     read: Any = reduce_graph_module(body, imports)
     made = LiftedModel(read, read.graph, kind)
-    for name in vars(read).keys() - vars(made).keys():
-        setattr(made, name, vars(read)[name])
+    for name in _lost(body, made):
+        vars(made)[name] = body[name]
     _take_over(made, body)
     keep_kinds(made, buffers)
     return made

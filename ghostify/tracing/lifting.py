@@ -7,18 +7,18 @@ itself changes and a ``torch.fx.GraphModule`` takes the model's place.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from ghostify.errors import TraceError, first_line
+from ghostify.tracing.execution import copied
 from ghostify.tracing.lifted import LiftedModel, Retracer, buffers_of, keep_kinds
-from ghostify.tracing.running import unmarked
 from ghostify.tracing.sites import has_hooks
 from ghostify.tracing.symbolic import attribute, is_constant, same_steps, trace_all, trace_graph
 
@@ -50,7 +50,8 @@ class FunctionalConvolutions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            self.owners.update(self._of_parameter.get(id(weight), ()))
+            if isinstance(weight, nn.Parameter) and weight.shape[1] > 1:  # a depthwise convolution is cheap already
+                self.owners.update(self._of_parameter.get(id(weight), ()))
         return func(*args, **(kwargs or {}))
 
 
@@ -75,12 +76,24 @@ def lift_functions(
     Raises:
         TraceError: A graph would not do what the model does in training, or with other values in its state.
     """
-    entered = [name for name in owners if _can_be_entered(model, name)]
-    if entered:
+    entered = sorted(name for name in owners if _can_be_entered(model, name))
+    if not entered:
+        return _lifted(model, graph, arguments, entered)
+    try:
         try:
-            graph = trace_graph(model, arguments, entered=entered)
+            inside = trace_graph(model, arguments, entered=entered)
         except Exception as error:  # whatever FX or the model's own code raises
             raise TraceError(f"FX cannot trace what is inside of {', '.join(entered)} ({first_line(error)})") from error
+        return _lifted(model, inside, arguments, entered)
+    except TraceError:
+        if (others := _lifted(model, graph, arguments, ())) is None:
+            raise
+        return others
+
+
+def _lifted(
+    model: nn.Module, graph: fx.Graph, arguments: Collection[str], entered: Collection[str]
+) -> tuple[LiftedModel, tuple[str, ...]] | None:
     lifted = fx.Graph(tracer_cls=Retracer)
     lifted.output(lifted.graph_copy(graph, {}))
     taken = {str(node.target) for node in lifted.nodes if node.op == "call_module"}
@@ -135,10 +148,14 @@ def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str], 
     Raises:
         TraceError: It does not.
     """
+    other = copied(model)  # another kind of numbers would cut a parameter from what hangs on its gradient
+    state = {id(value): value for _, value in _named_state(other)}.values()
+    before = [(value, value.data) for value in state if value.layout is torch.strided]
     for change in (_lowered, _raised):
         try:
-            with _changed_state(model, change):
-                same = same_steps(graph, trace_all(model, arguments, entered, training=True))
+            for value, data in before:
+                value.data = change(data)
+            same = same_steps(graph, trace_all(other, arguments, entered, training=True))
         except TraceError:
             raise
         except Exception as error:  # whatever FX or the model's own code raises
@@ -149,30 +166,21 @@ def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str], 
             raise TraceError("what it does depends on the mode, or on values in its state")
 
 
-@contextmanager
-def _changed_state(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While it is open all parameters and buffers have other values; by whatever name they are known."""
-    state = {id(value): value for _, value in _named_state(model)}.values()
-    before = [(value, value.data) for value in state]
-    with unmarked(model):
-        try:
-            for value, data in before:
-                with suppress(RuntimeError, TypeError):  # sparse tensors and numbers of 8 bits know no arithmetic
-                    value.data = change(data)
-            yield
-        finally:
-            for value, data in before:
-                value.data = data
-
-
 def _lowered(tensor: Tensor) -> Tensor:
-    """Below zero, so that comparisons come out otherwise."""
-    return -tensor.abs() - 1000 if tensor.is_floating_point() or tensor.is_complex() else ~tensor
+    """Far below zero, so that comparisons come out otherwise."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.new_full((), -1000).expand(tensor.shape)
+    return ~tensor
 
 
 def _raised(tensor: Tensor) -> Tensor:
-    """Large, and of another kind of numbers, which a forward may ask for, too."""
-    return tensor.double().abs() + 1000 if tensor.is_floating_point() or tensor.is_complex() else tensor + 1000
+    """Far above, and of another kind of numbers, which a forward may ask for, too."""
+    if tensor.is_complex():
+        return tensor.new_full((), 1000).expand(tensor.shape)
+    if tensor.is_floating_point():
+        kind = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+        return tensor.new_full((), 1000, dtype=kind).expand(tensor.shape)
+    return tensor + 100
 
 
 def _check_modules(model: nn.Module, taken: Collection[str], held: Collection[nn.Module]) -> None:
@@ -195,7 +203,7 @@ def _check_modules(model: nn.Module, taken: Collection[str], held: Collection[nn
         if module in held:
             continue
         own = [method for method in _METHODS if getattr(type(module), method) is not getattr(nn.Module, method)]
-        if own:
+        if own and not isinstance(module, nn.ParameterList | nn.ParameterDict):  # which cannot be called
             raise TraceError(f"{who} has a {own[0]} of its own")
 
 

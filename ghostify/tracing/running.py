@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_CHANGING = (MutableMapping, MutableSequence, MutableSet)
+_NESTING = {dict, defaultdict, OrderedDict, list, tuple, deque}  # whose contents can be looked at, and nothing happens
 
 
 @contextmanager
@@ -43,9 +47,16 @@ def seed_torch(seed: int, *models: nn.Module) -> None:
 
 @contextmanager
 def own_random_state(*models: nn.Module) -> Iterator[None]:
-    """Give torch's random state back afterwards: the CPU's, and that of every GPU that models lie on."""
-    with torch.random.fork_rng(devices=gpus(*models)):
-        yield
+    """Give random states back afterwards: torch's of the CPU and of GPUs that models lie on, Python's and NumPy's."""
+    numpy = sys.modules.get("numpy")
+    python, array = random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng(devices=gpus(*models)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(array)
 
 
 def random_state(*models: nn.Module) -> tuple[object, ...]:
@@ -63,7 +74,7 @@ def random_state(*models: nn.Module) -> tuple[object, ...]:
 
 def _state_of_generator(value: object, numpy: Any) -> object:
     """Where a generator of random numbers is; nothing of all else."""
-    if isinstance(value, random.Random):
+    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         return value.getstate()
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
@@ -100,7 +111,7 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
         (f"{type(module).__name__}.{name}", container, copy.copy(container))
         for module, found in attributes
         for name, value in found.items()
-        for container in _containers(value, set())
+        for container in _containers(value)
     ]
     buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]
@@ -108,6 +119,8 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
     def left() -> list[str]:
         others = [name for name, container, content in contents if not _holds(container, content)]
         for module, found in attributes:
+            if isinstance(module, torch.jit.ScriptModule):  # notes its methods there when they are asked for
+                continue
             now = {name: value for name, value in vars(module).items() if name != "training"}
             changed = [name for name, value in now.items() if name not in found or found[name] is not value]
             others += [f"{type(module).__name__}.{name}" for name in (*changed, *(found.keys() - vars(module).keys()))]
@@ -170,17 +183,22 @@ def put_back(buffer: Tensor, value: Tensor) -> None:
         buffer.copy_(value)
 
 
-def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
+def _containers(value: Any) -> Iterator[Any]:
     """What can be changed of a list, set or dictionary, and of what it holds."""
-    mapping = isinstance(value, Mapping)
-    if id(value) in seen or not (mapping or isinstance(value, list | tuple | MutableSequence | MutableSet)):
-        return
-    seen.add(id(value))
-    if isinstance(value, MutableMapping | MutableSequence | MutableSet):
-        yield value
-    if mapping or isinstance(value, list | tuple):  # an array or a set holds nothing that could be changed
-        for part in list(value.values() if mapping else value):
-            yield from _containers(part, seen)
+    seen: set[int] = set()
+    left = [value]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, _CHANGING):
+            yield value
+        if type(value) in _NESTING:
+            parts = value.values() if isinstance(value, dict) else value
+            # By their types, which are few: there may be a million of parts.
+            kinds = {kind for kind in set(map(type, parts)) if kind in _NESTING or issubclass(kind, _CHANGING)}
+            left += [part for part in parts if type(part) in kinds] if kinds else []
 
 
 def _holds(container: Any, content: Any) -> bool:

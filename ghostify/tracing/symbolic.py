@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
 
 from ghostify.errors import TraceError
 from ghostify.tracing.example import leaves_in
@@ -69,7 +70,7 @@ class _Tracer(fx.Tracer):
         parameter = sig.parameters.get(name)  # none where it is for all others: *args
         if parameter is None or name in self._given or parameter.default is inspect.Parameter.empty:
             return super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
-        return _Default(parameter.default)
+        return _Default(tree_map(lambda leaf: leaf, parameter.default))  # a list of its own: the forward may add to it
 
 
 def _context() -> tuple[object, ...]:

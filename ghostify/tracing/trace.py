@@ -22,7 +22,7 @@ from ghostify.nn.ghost import GhostConv
 from ghostify.spec import Call, Site, TraceWay
 from ghostify.tracing.counting import MacCount, counting
 from ghostify.tracing.example import Example, ExampleInputs, unwrapped
-from ghostify.tracing.execution import run_graph, same_answers, same_in_training
+from ghostify.tracing.execution import parted_answers, parted_in_training, run_graph
 from ghostify.tracing.graph import calls_per_module, chain_after
 from ghostify.tracing.lifting import FunctionalConvolutions, lift_functions
 from ghostify.tracing.modes import in_both_modes
@@ -43,6 +43,7 @@ class Trace:
         graph: The FX graph, or ``None`` where FX cannot trace the model.
         note: Why there is no graph; empty if there is one.
         count: Multiply-accumulates of the model, batch 1.
+        functional: Names of modules whose weights the model gives to convolutions that it calls as functions.
         lifted: Names of convolutions that the model called as functions; if there are any, ``model``
             is a ``torch.fx.GraphModule`` in which they are modules.
         unlifted: In this case the facts of the model as it is, if it holds convolutions that are modules.
@@ -57,6 +58,7 @@ class Trace:
     graph: fx.Graph | None
     note: str
     count: MacCount
+    functional: tuple[str, ...] = ()
     lifted: tuple[str, ...] = ()
     unlifted: Trace | None = None
     arguments: tuple[str, ...] = ()
@@ -100,11 +102,17 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
         calls, unusual, outputs, count = _record(model, convolutions, example)
     arguments = example.names(model)
     graph, note = _graph_or_reason(model, arguments, convolutions, calls, example, outputs)
+    inside = functional.owners - convolutions.keys()
     stays = ""  # why what is called as a function does
     if lift:
-        inside = functional.owners - convolutions.keys()
         facts, stays = _facts_of_lifted(model, graph, note, arguments, inside, example, outputs)
         if facts is not None:
+            if facts.functional:
+                warnings.warn(
+                    f"some convolutions that {type(model).__name__} calls as functions stay as they are: "
+                    f"{', '.join(name or 'its own' for name in facts.functional)}",
+                    stacklevel=2,
+                )
             return replace(facts, unlifted=trace(model, example, lift=False) if convolutions else None)
     if not convolutions:
         raise PlanError(
@@ -134,7 +142,18 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     ]
     sites.sort(key=lambda site: (site.order < 0, site.order))
     streams = Streams() if graph is None else in_both_modes(find_streams(graph, model), model, arguments)
-    return Trace(model, example, outputs, tuple(sites), graph, note, count, arguments=arguments, streams=streams)
+    return Trace(
+        model,
+        example,
+        outputs,
+        tuple(sites),
+        graph,
+        note,
+        count,
+        functional=tuple(sorted(inside)),
+        arguments=arguments,
+        streams=streams,
+    )
 
 
 def _facts_of_lifted(
@@ -152,13 +171,12 @@ def _facts_of_lifted(
     try:
         lifted = lift_functions(model, graph, arguments, owners)
         if lifted is None:
-            return None, "a weight is used more than once, or an option is computed" if owners else ""
+            return None, "a weight is used more than once, or a bias or an option is computed" if owners else ""
         facts = trace(lifted[0], example, lift=False)
+        parted = parted_answers(facts.outputs, outputs) or parted_in_training(model, lifted[0], example)
     except TraceError as error:
         return None, str(error)
-    if not same_answers(facts.outputs, outputs) or not same_in_training(model, lifted[0], example):
-        return None, "a graph gives other outputs"
-    return replace(facts, lifted=lifted[1], arguments=arguments), ""
+    return (None, parted) if parted else (replace(facts, lifted=lifted[1], arguments=arguments), "")
 
 
 def lifted_as(model: nn.Module, arguments: Collection[str], names: Collection[str]) -> nn.Module:
@@ -182,7 +200,7 @@ def lifted_as(model: nn.Module, arguments: Collection[str], names: Collection[st
         ) from error
     except Exception as error:  # whatever FX or the model's own code raises
         raise TraceError(
-            f"FX cannot trace {type(model).__name__}: {type(error).__name__}: {error}. Pass the model that was planned."
+            f"FX cannot trace {type(model).__name__}: {first_line(error)}. Pass the model that was planned."
         ) from error
     if lifted is None:
         raise TraceError(

@@ -3,6 +3,7 @@
 import copy
 import enum
 import pickle
+import threading
 
 import pytest
 import torch
@@ -179,10 +180,16 @@ def test_a_network_of_such_modules_alone_is_converted():
     assert [decision.site.name for decision in plan.replaced] == ["2"]
 
 
-def test_hooks_on_a_converted_model_are_copied():
+def add_one(module, args, output):
+    return output + 1
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_hooks_on_a_converted_model_are_kept(way):
     small = converted(made(HasAnUnusedNorm))
-    small.register_forward_hook(lambda module, args, output: output + 1)
-    assert torch.equal(copy.deepcopy(small)(X), small(X))
+    before = small(X)
+    small.register_forward_hook(add_one)
+    assert torch.equal(way(small)(X), before + 1)
 
 
 class CannotBeTraced(CallsAFunction):
@@ -219,3 +226,118 @@ def test_a_convolution_of_ones_own_that_cannot_be_traced_stays():
         plan = ghostify.plan(model, example_inputs=X)
     assert plan.trace_way == "fx"
     assert [decision.site.name for decision in plan.decisions] == ["0", "1", "2"]
+
+
+class IsReordered(nn.Module):
+    """What reads its Ghost unit is no layer that could take channels in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.c0 = nn.Conv2d(8, 16, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(16, 8, 3, 3) / 12)
+        self.c2 = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        x = self.c0(x).relu()
+        return self.c2(x + F.conv2d(x, self.weight, padding=1, groups=2))
+
+
+def test_ghost_units_of_a_lifted_model_keep_their_order_of_channels(tmp_path):
+    small = converted(made(IsReordered))
+    assert {"channel_order"} <= small.weight_conv._buffers.keys()
+    for again in (
+        ghostify.load(ghostify.save(small, tmp_path / "small"), base=made(IsReordered)).eval(),
+        copy.deepcopy(small),
+        pickle.loads(pickle.dumps(small)),
+    ):
+        assert again.state_dict().keys() == small.state_dict().keys()
+        assert torch.equal(again(X), small(X))
+
+
+def test_what_hangs_on_gradients_still_hangs_there():
+    model, seen = made(HasAnUnusedNorm), []
+    # As DistributedDataParallel does.
+    nodes = [parameter.view_as(parameter).grad_fn.next_functions[0][0] for parameter in model.parameters()]
+    for node in nodes:
+        node.register_hook(lambda *_: seen.append(1))
+    model(X).sum().backward()
+    before = len(seen)
+    assert ghostify.plan(model, example_inputs=X).lifted
+    model(X).sum().backward()
+    assert len(seen) == 2 * before > 0
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+
+    def forward(self, x, seen=[]):  # noqa: B006 - as people write it
+        seen.append(x.mean())
+        return self.convs(x)
+
+
+def test_a_default_that_a_forward_changes_gets_no_stand_ins():
+    model = made(Remembers)
+    ghostify.plan(model, example_inputs=X)
+    assert {type(value) for value in Remembers.forward.__defaults__[0]} == {torch.Tensor}
+
+
+class HoldsBoth(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.own = BranchesInside(16)
+
+    def forward(self, x):
+        x = F.relu(self.own(F.relu(self.c0(x))))
+        x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=1)))
+        return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
+
+
+def test_what_cannot_be_traced_does_not_keep_others_from_being_lifted():
+    with pytest.warns(UserWarning, match="some convolutions that HoldsBoth calls as functions stay as they are: own"):
+        assert ghostify.plan(made(HoldsBoth), example_inputs=X).lifted == ("weight_conv",)
+
+
+class HoldsAParameterList(CallsAFunction):
+    def __init__(self):
+        super().__init__()
+        self.all = nn.ParameterList([self.weight])
+        del self.weight
+
+    def forward(self, x):
+        x = F.relu(self.c0(x))
+        x = F.relu(x + self.b1(F.conv2d(x, self.all[0], padding=1)))
+        return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
+
+
+def test_weights_in_a_list_of_torchs_are_lifted():
+    assert ghostify.plan(made(HoldsAParameterList), example_inputs=X).lifted == ("all.0_conv",)
+
+
+class HoldsALock(HasAnUnusedNorm):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_model_that_cannot_be_copied_is_planned():
+    with pytest.warns(UserWarning, match=r"stay as they are: HoldsALock cannot be copied \(TypeError: cannot pickle"):
+        assert not ghostify.plan(made(HoldsALock), example_inputs=X).lifted
+
+
+class BlursAtTheEnd(HasAnUnusedNorm):
+    """A depthwise convolution is cheap already: nobody needs to be told that it stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.blur = nn.Parameter(torch.ones(8, 1, 3, 3) / 9, requires_grad=False)
+
+    def forward(self, x):
+        x = F.conv2d(F.conv2d(x, self.blur, padding=1, groups=8), self.blur, padding=1, groups=8)
+        return super().forward(x)
+
+
+def test_nothing_is_said_of_depthwise_convolutions(recwarn):
+    assert ghostify.plan(made(BlursAtTheEnd), example_inputs=X).lifted == ("weight_conv",)
+    assert not [warning for warning in recwarn if "as functions" in str(warning.message)]

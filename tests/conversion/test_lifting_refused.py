@@ -216,7 +216,7 @@ class WantsTargets(CallsAFunction):
         (partial(LeavesOutByItsOwn, numpy.random.default_rng(0)), "the forward draws random numbers"),
         (partial(LeavesOutByItsOwn, numpy.random.RandomState(0)), "the forward draws random numbers"),
         (partial(LeavesOutByItsOwn, torch.Generator()), "the forward draws random numbers"),
-        (AsksWhatItIsGiven, "a graph gives other outputs"),
+        (AsksWhatItIsGiven, "in training a graph gives other outputs"),
         (IsGated, "what it does depends on"),
         (CastsToItsOwn, "what it does depends on"),
         (LogsDeepInside, "the forward changes LogsDeepInside.log"),
@@ -287,6 +287,11 @@ def test_nothing_is_lifted_where_hooks_change_what_is_stored(register):
         assert not ghostify.plan(model, example_inputs=X).lifted
 
 
+def test_numbers_of_another_kind_are_tried_in_double_precision_too():
+    with pytest.warns(UserWarning, match="stay as they are: what it does depends on"):
+        assert not ghostify.plan(made(CastsToItsOwn).double(), example_inputs=X.double()).lifted
+
+
 def test_tracing_leaves_nothing_in_what_a_model_holds_however_deep():
     model = made(LogsDeepInside)
     with pytest.warns(UserWarning, match="stay as they are"):
@@ -304,7 +309,7 @@ def test_an_option_that_is_computed_stays():
         def forward(self, x):
             return self.body(x)
 
-    with pytest.warns(UserWarning, match="a weight is used more than once, or an option is computed"):
+    with pytest.warns(UserWarning, match="a weight is used more than once, or a bias or an option is computed"):
         small = converted(made(PadsByItsSize))
     assert not small.ghostify_plan.lifted
     assert small.ghostify_plan.trace_way == "fx"
