@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
@@ -69,7 +70,12 @@ def random_state(*models: nn.Module) -> tuple[object, ...]:
     numpy = sys.modules.get("numpy")
     held = (value for model in models for module in model.modules() for value in vars(module).values())
     own = [state for value in held if (state := _state_of_generator(value, numpy)) is not None]
-    return *states, random.getstate(), None if numpy is None else repr(numpy.random.get_state(legacy=False)), *own
+    return (
+        *states,
+        random.getstate(),
+        None if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False)),
+        *own,
+    )
 
 
 def _state_of_generator(value: object, numpy: Any) -> object:
@@ -79,9 +85,9 @@ def _state_of_generator(value: object, numpy: Any) -> object:
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
     if numpy is not None and isinstance(value, numpy.random.Generator):
-        return repr(value.bit_generator.state)
+        return pickle.dumps(value.bit_generator.state)
     if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return repr(value.get_state(legacy=False))
+        return pickle.dumps(value.get_state(legacy=False))
     return None
 
 
