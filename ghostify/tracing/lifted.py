@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import reduce_graph_module
 
 _HOMES = ("_parameters", "_buffers", "_modules")  # of a module's state
-_HOOKS = {name for name in vars(nn.Module()) if "_hooks" in name}
+_HOOKS = {name for name in vars(nn.Module()) if "_hook" in name}
+_COMPILED = "_compiled_call_impl"  # it would call the model that it was made of; torch leaves it out of pickles, too
 
 
 class Retracer(fx.Tracer):
@@ -41,12 +42,14 @@ class LiftedModel(fx.GraphModule):
         plain = [
             name for name, value in read.items() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
         ]
-        return _unpickled, (*super().__reduce__()[1], type(self).__name__, buffers_of(self), plain)
+        body, imports = super().__reduce__()[1]
+        body.pop(_COMPILED, None)
+        return _unpickled, (body, imports, type(self).__name__, buffers_of(self), plain)
 
 
 def _lost(held: dict[str, Any], made: nn.Module) -> set[str]:
     """What torch does not take over from a graph that it copies or reads: attributes that are not read, and hooks."""
-    return (held.keys() - vars(made).keys()) | _HOOKS
+    return (held.keys() - vars(made).keys() | _HOOKS & held.keys()) - {_COMPILED}
 
 
 def _unpickled(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +41,21 @@ _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "group
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
+@dataclass(frozen=True)
+class Lifted:
+    """What came of it.
+
+    Attributes:
+        model: The new model.
+        names: Those of its new convolutions.
+        left: Why there are not more of them, if one of the owners could not be entered.
+    """
+
+    model: LiftedModel
+    names: tuple[str, ...]
+    left: str = ""
+
+
 class FunctionalConvolutions(TorchFunctionMode):
     """While it is open, notes which modules hold the weights that are given to convolutions as arguments."""
 
@@ -50,14 +67,16 @@ class FunctionalConvolutions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
-            if isinstance(weight, nn.Parameter) and weight.shape[1] > 1:  # a depthwise convolution is cheap already
+            groups = args[6] if len(args) > 6 else (kwargs or {}).get("groups", 1)
+            depthwise = groups > 1 and isinstance(weight, Tensor) and weight.shape[1] == 1  # cheap already
+            if not depthwise:
                 self.owners.update(self._of_parameter.get(id(weight), ()))
         return func(*args, **(kwargs or {}))
 
 
 def lift_functions(
     model: nn.Module, graph: fx.Graph, arguments: Collection[str], owners: Collection[str] = ()
-) -> tuple[LiftedModel, tuple[str, ...]] | None:
+) -> Lifted | None:
     """Make a model in which functional convolutions with a stored weight are modules.
 
     Parameters are shared with the model. They keep their names in the state dict where an owner inside the model
@@ -71,29 +90,41 @@ def lift_functions(
             each where it was traced, but for convolutions.
 
     Returns:
-        The new model and the names of its new convolutions; ``None`` if there is nothing to lift.
+        The new model; ``None`` if there is nothing to lift.
 
     Raises:
         TraceError: A graph would not do what the model does in training, or with other values in its state.
     """
     entered = sorted(name for name in owners if _can_be_entered(model, name))
+    try:
+        return _entering(model, graph, arguments, entered)
+    except TraceError as error:
+        if not entered:
+            raise
+        left = str(error)
+    passing = []
+    for name in entered if len(entered) > 1 else ():
+        with suppress(TraceError):
+            _entering(model, graph, arguments, [name])
+            passing.append(name)
+    found = _entering(model, graph, arguments, passing)
+    if found is None:
+        raise TraceError(left)
+    return replace(found, left=left)
+
+
+def _entering(model: nn.Module, graph: fx.Graph, arguments: Collection[str], entered: Collection[str]) -> Lifted | None:
+    """The same with a graph that goes into some modules."""
     if not entered:
         return _lifted(model, graph, arguments, entered)
     try:
-        try:
-            inside = trace_graph(model, arguments, entered=entered)
-        except Exception as error:  # whatever FX or the model's own code raises
-            raise TraceError(f"FX cannot trace what is inside of {', '.join(entered)} ({first_line(error)})") from error
-        return _lifted(model, inside, arguments, entered)
-    except TraceError:
-        if (others := _lifted(model, graph, arguments, ())) is None:
-            raise
-        return others
+        inside = trace_graph(model, arguments, entered=entered)
+    except Exception as error:  # whatever FX or the model's own code raises
+        raise TraceError(f"FX cannot trace what is inside of {', '.join(entered)} ({first_line(error)})") from error
+    return _lifted(model, inside, arguments, entered)
 
 
-def _lifted(
-    model: nn.Module, graph: fx.Graph, arguments: Collection[str], entered: Collection[str]
-) -> tuple[LiftedModel, tuple[str, ...]] | None:
+def _lifted(model: nn.Module, graph: fx.Graph, arguments: Collection[str], entered: Collection[str]) -> Lifted | None:
     lifted = fx.Graph(tracer_cls=Retracer)
     lifted.output(lifted.graph_copy(graph, {}))
     taken = {str(node.target) for node in lifted.nodes if node.op == "call_module"}
@@ -132,7 +163,7 @@ def _lifted(
         if module not in known:  # what is shared with the model keeps its mode
             module.training = model.training
     _check_modules(model, taken, set(whole.modules()))
-    return whole, tuple(made)
+    return Lifted(whole, tuple(made))
 
 
 def _can_be_entered(model: nn.Module, name: str) -> bool:
@@ -154,7 +185,8 @@ def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str], 
     for change in (_lowered, _raised):
         try:
             for value, data in before:
-                value.data = change(data)
+                with suppress(RuntimeError, TypeError):  # kinds of numbers without arithmetic
+                    value.data = change(data)
             same = same_steps(graph, trace_all(other, arguments, entered, training=True))
         except TraceError:
             raise

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 import pickle
 import random
 import sys
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, MutableMapping, MutableSequence, MutableSet
+from array import array
+from collections import UserDict, UserList, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_CHANGING = (MutableMapping, MutableSequence, MutableSet)
-_NESTING = {dict, defaultdict, OrderedDict, list, tuple, deque}  # whose contents can be looked at, and nothing happens
+# Whose contents can be looked at and put back, and nothing else happens: another mapping may be a file, say.
+_CHANGING = (dict, list, set, deque, UserDict, UserList, array)
 
 
 @contextmanager
@@ -114,7 +115,7 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
     modules = [module for module in model.modules() if module not in apart]
     attributes = [(module, dict(vars(module))) for module in modules]
     contents = [
-        (f"{type(module).__name__}.{name}", container, copy.copy(container))
+        (f"{type(module).__name__}.{name}", container, _content(container))
         for module, found in attributes
         for name, value in found.items()
         for container in _containers(value)
@@ -200,31 +201,50 @@ def _containers(value: Any) -> Iterator[Any]:
         seen.add(id(value))
         if isinstance(value, _CHANGING):
             yield value
-        if type(value) in _NESTING:
-            parts = value.values() if isinstance(value, dict) else value
-            # By their types, which are few: there may be a million of parts.
-            kinds = {kind for kind in set(map(type, parts)) if kind in _NESTING or issubclass(kind, _CHANGING)}
-            left += [part for part in parts if type(part) in kinds] if kinds else []
+        parts = _parts(value)
+        # By their types, which are few: there may be a million of parts.
+        kinds = {kind for kind in set(map(type, parts)) if issubclass(kind, (*_CHANGING, tuple))}
+        left += [part for part in parts if type(part) in kinds] if kinds else []
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a container holds, by the ways of Python's own ones, so that no code of a user's class runs."""
+    if isinstance(value, dict):
+        return dict.values(value)
+    if isinstance(value, UserDict | UserList):
+        return [value.data]
+    if isinstance(value, list):
+        return list(list.__iter__(value))
+    if isinstance(value, tuple):
+        return list(tuple.__iter__(value))
+    return (
+        list(deque.__iter__(value)) if isinstance(value, deque) else []
+    )  # a set or an array: what they hold cannot be changed
+
+
+def _content(container: Any) -> Any:
+    """A copy of what a container holds."""
+    if isinstance(container, dict | UserDict):
+        return dict(container)
+    return set(container) if isinstance(container, set) else list(container)
 
 
 def _holds(container: Any, content: Any) -> bool:
-    """Whether a container holds the very things that it held."""
-    if isinstance(container, MutableSequence):
-        return len(container) == len(content) and all(a is b for a, b in zip(container, content, strict=True))
-    if isinstance(container, MutableMapping):
-        return container.keys() == content.keys() and all(container[key] is value for key, value in content.items())
-    return bool(container == content)
+    """Whether a container holds the very things that it held, in the same order."""
+    if isinstance(container, set | array):
+        return bool(type(content)(container) == content)
+    if len(container) != len(content) or not all(map(operator.is_, container, content)):
+        return False
+    return not isinstance(content, dict) or all(map(operator.is_, container.values(), content.values()))
 
 
 def _restore(container: Any, content: Any) -> None:
     """Put back what a container held."""
-    if isinstance(container, MutableSequence):
-        while len(container):  # an array cannot be cleared, and a deque knows no slice
-            container.pop()
-        container.extend(content)
+    if isinstance(container, array):  # it cannot be cleared
+        container[:] = array(container.typecode, content)
         return
     container.clear()
-    if isinstance(container, MutableMapping):
-        container.update(content)
+    if isinstance(content, list):
+        container.extend(content)
     else:
-        container |= content
+        container.update(content)

@@ -70,7 +70,8 @@ class _Tracer(fx.Tracer):
         parameter = sig.parameters.get(name)  # none where it is for all others: *args
         if parameter is None or name in self._given or parameter.default is inspect.Parameter.empty:
             return super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
-        return _Default(tree_map(lambda leaf: leaf, parameter.default))  # a list of its own: the forward may add to it
+        default = parameter.default  # a list of its own, or a set: the forward may add to it
+        return _Default(set(default) if isinstance(default, set) else tree_map(lambda leaf: leaf, default))
 
 
 def _context() -> tuple[object, ...]:

@@ -110,7 +110,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
             if facts.functional:
                 warnings.warn(
                     f"some convolutions that {type(model).__name__} calls as functions stay as they are: "
-                    f"{', '.join(name or 'its own' for name in facts.functional)}",
+                    f"{', '.join(name or 'its own' for name in facts.functional)}" + (f" ({stays})" if stays else ""),
                     stacklevel=2,
                 )
             return replace(facts, unlifted=trace(model, example, lift=False) if convolutions else None)
@@ -172,11 +172,13 @@ def _facts_of_lifted(
         lifted = lift_functions(model, graph, arguments, owners)
         if lifted is None:
             return None, "a weight is used more than once, or a bias or an option is computed" if owners else ""
-        facts = trace(lifted[0], example, lift=False)
-        parted = parted_answers(facts.outputs, outputs) or parted_in_training(model, lifted[0], example)
+        facts = trace(lifted.model, example, lift=False)
+        parted = parted_answers(facts.outputs, outputs) or parted_in_training(model, lifted.model, example)
     except TraceError as error:
         return None, str(error)
-    return (None, parted) if parted else (replace(facts, lifted=lifted[1], arguments=arguments), "")
+    if parted:
+        return None, parted
+    return replace(facts, lifted=lifted.names, arguments=arguments), lifted.left
 
 
 def lifted_as(model: nn.Module, arguments: Collection[str], names: Collection[str]) -> nn.Module:
@@ -207,7 +209,7 @@ def lifted_as(model: nn.Module, arguments: Collection[str], names: Collection[st
             f"{type(model).__name__} calls no convolution as a function, and the plan replaces some. "
             "Pass the model that was planned."
         )
-    return lifted[0]
+    return lifted.model
 
 
 def _check_kind(model: nn.Module) -> None:

@@ -184,12 +184,29 @@ def add_one(module, args, output):
     return output + 1
 
 
+def no_gradient(module, wanted, given):
+    return tuple(None if gradient is None else gradient * 0 for gradient in wanted)
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_hooks_on_a_converted_model_are_kept(way):
     small = converted(made(HasAnUnusedNorm))
     before = small(X)
     small.register_forward_hook(add_one)
     assert torch.equal(way(small)(X), before + 1)
+    small.register_full_backward_hook(no_gradient)
+    way(small)(x := X.clone().requires_grad_()).sum().backward()
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@torch.no_grad()
+def test_copies_of_a_compiled_model_are_not_the_model(way):
+    lifted = trace(made(HasAnUnusedNorm), X).model
+    lifted.compile(backend="eager")
+    again = way(lifted)
+    again.head.bias.add_(1)
+    torch.testing.assert_close(again(X), lifted(X) + 1)
 
 
 class CannotBeTraced(CallsAFunction):
@@ -286,17 +303,24 @@ def test_a_default_that_a_forward_changes_gets_no_stand_ins():
 class HoldsBoth(CallsAFunction):
     def __init__(self):
         super().__init__()
-        self.own = BranchesInside(16)
+        self.bad, self.good = BranchesInside(16), Convolution(16)
+        self.register_buffer("number", torch.ones(8).to(torch.uint16))
 
     def forward(self, x):
-        x = F.relu(self.own(F.relu(self.c0(x))))
+        x = F.relu(self.good(self.bad(F.relu(self.c0(x)))))
         x = F.relu(x + self.b1(F.conv2d(x, self.weight, padding=1)))
         return self.head((x + self.b2(self.c2(x))).mean((2, 3)))
 
 
 def test_what_cannot_be_traced_does_not_keep_others_from_being_lifted():
-    with pytest.warns(UserWarning, match="some convolutions that HoldsBoth calls as functions stay as they are: own"):
-        assert ghostify.plan(made(HoldsBoth), example_inputs=X).lifted == ("weight_conv",)
+    told = (
+        r"some convolutions that HoldsBoth calls as functions stay as they are: bad \(FX cannot trace what is inside of"
+    )
+    with pytest.warns(UserWarning, match=told):
+        small = converted(made(HoldsBoth))
+    assert small.ghostify_plan.lifted == ("good", "weight_conv")
+    again = ghostify.apply(small.ghostify_plan, made(HoldsBoth), calibration=X)
+    assert torch.equal(again.eval()(X), small(X))
 
 
 class HoldsAParameterList(CallsAFunction):
@@ -324,6 +348,22 @@ class HoldsALock(HasAnUnusedNorm):
 def test_a_model_that_cannot_be_copied_is_planned():
     with pytest.warns(UserWarning, match=r"stay as they are: HoldsALock cannot be copied \(TypeError: cannot pickle"):
         assert not ghostify.plan(made(HoldsALock), example_inputs=X).lifted
+
+
+class IsForGrayImages(HasAnUnusedNorm):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 1, 3, 3))
+
+    def forward(self, x):
+        return super().forward(
+            F.conv2d(x[:, :1], self.first * 1, padding=1) + F.conv2d(x[:, :1], self.first, padding=1)
+        )
+
+
+def test_a_convolution_of_one_channel_is_not_depthwise():
+    with pytest.warns(UserWarning, match="some convolutions that IsForGrayImages calls as functions stay .* its own"):
+        assert ghostify.plan(made(IsForGrayImages), example_inputs=X).lifted == ("weight_conv",)
 
 
 class BlursAtTheEnd(HasAnUnusedNorm):

@@ -1,5 +1,12 @@
 """A model is run, and all around it is as it was."""
 
+import copy
+import os
+import random
+from array import array
+from collections import OrderedDict, UserDict, UserList, deque, namedtuple
+
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -7,7 +14,7 @@ from torch import nn
 import ghostify
 from ghostify.nn.cifar import CifarResNet
 from ghostify.tracing import running
-from ghostify.tracing.running import full_precision, unmarked
+from ghostify.tracing.running import full_precision, own_random_state, unmarked
 
 NETWORK = nn.Linear(2, 2)
 
@@ -77,3 +84,59 @@ def test_no_gpu_that_a_model_is_not_on_is_seeded(monkeypatch, initialiser):
     small = ghostify.convert(model, ratio=2, calibration=images, initialiser=initialiser)
     ghostify.plan(model, budget={"macs": 0.8}, sensitivity="measured", calibration=images)
     ghostify.fold(small, example_inputs=images[:2])
+
+
+class Log(dict):
+    pass
+
+
+Named = namedtuple("Named", "log")
+
+
+@pytest.mark.parametrize(
+    "held",
+    [Log(log=[1]), Named([1]), UserDict(log=[1]), UserList([[1]]), deque([[1]]), ({"a": ([1],)},), OrderedDict(a=[1])],
+)
+def test_what_nests_in_what_a_model_holds_is_put_back(held):
+    model = nn.Linear(2, 2)
+    model.held, before = held, copy.deepcopy(held)
+
+    def innermost(value):
+        while not (type(value) is list and value == [1]):
+            value = next(iter(value.values() if hasattr(value, "values") else value))
+        return value
+
+    with unmarked(model) as left:
+        assert left() == []
+        innermost(held).append(2)
+        assert left() == ["Linear.held"]
+    assert model.held is held
+    assert held == before
+
+
+def test_numbers_in_an_array_are_put_back():
+    model = nn.Linear(2, 2)
+    model.held = array("d", [1.5, 2.5])
+    with unmarked(model) as left:
+        assert left() == []
+        model.held[0] = 3.0
+        model.held.append(4.0)
+        assert left() == ["Linear.held"]
+    assert model.held == array("d", [1.5, 2.5])
+
+
+def test_the_environment_is_left_alone():
+    model = nn.Linear(2, 2)
+    model.environment, before = os.environ, dict(os.environ)
+    with unmarked(model):
+        pass
+    assert dict(os.environ) == before != {}
+
+
+def test_all_random_states_are_given_back():
+    before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with own_random_state():
+        random.random()
+        numpy.random.rand()
+        torch.rand(1)
+    assert (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
