@@ -66,16 +66,13 @@ def parted_in_training(model: nn.Module, graph: nn.Module, example: Example) -> 
     Raises:
         TraceError: One of them cannot be copied.
     """
+    original, other = copied(model), copied(graph)
     try:
-        wanted = _answer_in_training(copied(model), example)
-    except TraceError:
-        raise
+        wanted = _answer_in_training(original, example)
     except Exception:  # it may want labels, or more than one example
         return ""
     try:
-        found = _answer_in_training(copied(graph), example)
-    except TraceError:
-        raise
+        found = _answer_in_training(other, example)
     except Exception as error:  # whatever the model's operations raise
         return f"in training a graph does not run ({first_line(error)})"
     return f"in training {parted}" if (parted := parted_answers(found, wanted)) else ""

@@ -36,7 +36,12 @@ _METHODS = (
     *("__call__", "train", "eval", "_apply", "to", "state_dict", "load_state_dict"),
     *("get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict"),
 )
-_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -103,7 +108,7 @@ def lift_functions(
             raise
         left = str(error)
     passing = []
-    for name in entered if len(entered) > 1 else ():
+    for name in entered:
         with suppress(TraceError):
             _entering(model, graph, arguments, [name])
             passing.append(name)
@@ -230,7 +235,7 @@ def _check_modules(model: nn.Module, taken: Collection[str], held: Collection[nn
         who = f"module {name!r}" if name else "the model itself"
         if any(name == called or name.startswith(f"{called}.") for called in taken):
             continue
-        if has_hooks(module) or any(getattr(module, hooks) for hooks in _HOOKS):
+        if has_hooks(module) or any(getattr(module, hooks) for hooks in _STATE_HOOKS):
             raise TraceError(f"{who} carries hooks")
         if module in held:
             continue

@@ -51,14 +51,14 @@ def seed_torch(seed: int, *models: nn.Module) -> None:
 def own_random_state(*models: nn.Module) -> Iterator[None]:
     """Give random states back afterwards: torch's of the CPU and of GPUs that models lie on, Python's and NumPy's."""
     numpy = sys.modules.get("numpy")
-    python, array = random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
+    pythons, numpys = random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
     try:
         with torch.random.fork_rng(devices=gpus(*models)):
             yield
     finally:
-        random.setstate(python)
+        random.setstate(pythons)
         if numpy is not None:
-            numpy.random.set_state(array)
+            numpy.random.set_state(numpys)
 
 
 def random_state(*models: nn.Module) -> tuple[object, ...]:
@@ -217,9 +217,9 @@ def _parts(value: Any) -> Iterable[Any]:
         return list(list.__iter__(value))
     if isinstance(value, tuple):
         return list(tuple.__iter__(value))
-    return (
-        list(deque.__iter__(value)) if isinstance(value, deque) else []
-    )  # a set or an array: what they hold cannot be changed
+    if isinstance(value, deque):
+        return list(deque.__iter__(value))
+    return []  # of a set or an array: what they hold cannot be changed
 
 
 def _content(container: Any) -> Any:
