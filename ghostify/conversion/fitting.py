@@ -14,7 +14,16 @@ from torch.nn.modules.conv import _ConvNd
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning.choice import Choice, choose_layout
 from ghostify.planning.explained import channel_weight, explained_share, kept_share, rows_for
-from ghostify.planning.statistics import Moments, Window, at_pixels, in_parts, ridge_solve, sample_pixels
+from ghostify.planning.statistics import (
+    Moments,
+    Window,
+    at_pixels,
+    channel_means,
+    channel_moments,
+    in_parts,
+    ridge_solve,
+    sample_pixels,
+)
 
 # Shares of the mean diagonal of the Gram matrix; see docs/decisions.md.
 _PRIMARY_RIDGE = 3e-3
@@ -111,7 +120,7 @@ def left_over(unit: GhostConv, norm: nn.Module | None, inputs: list[Tensor], tar
         targets, norm = [norm(y) for y in targets], None
     weight = channel_weight(norm, unit.out_channels)
     missed, all_of_it = (
-        float((_moments_of(maps)[1].to(weight) * weight).sum())
+        float((channel_moments(maps)[1].to(weight) * weight).sum())
         for maps in ([y - z for y, z in zip(targets, made, strict=True)], targets)
     )
     return missed / all_of_it if all_of_it > 0 else 0.0
@@ -219,14 +228,14 @@ def _shift_mean(norm: nn.Module | None, targets: list[Tensor], made: Iterable[Te
     """Let a norm absorb the mean error that a fit leaves over."""
     mean = running_mean(norm)
     if mean is not None:
-        mean -= (_moments_of(targets)[0] - _moments_of(made)[0]).to(mean)
+        mean -= (channel_means(targets) - channel_means(made)).to(mean)
 
 
 @torch.no_grad()
 def _let_pass(norm: nn.Module | None, maps: Iterable[Tensor], bias: Tensor) -> None:
     """Set a norm so that it passes its maps on as they are (plus ``bias``), in training mode too."""
     if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
-        mean, variance = _moments_of(maps)
+        mean, variance = channel_moments(maps)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
         if norm.affine:
@@ -238,21 +247,6 @@ def running_mean(norm: nn.Module | None) -> Tensor | None:
     """The mean that a norm takes off in evaluation mode, ``(n,)``, if it keeps one."""
     mean = getattr(norm, "running_mean", None)
     return mean if isinstance(mean, Tensor) else None
-
-
-def _moments_of(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every channel over all examples and pixels, ``(n,)`` each."""
-    total = square = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for map_ in maps:
-        numbers = map_ if map_.dtype == torch.float64 else map_.float()
-        variance, mean = torch.var_mean(numbers, [dim for dim in range(map_.dim()) if dim != 1], correction=0)
-        size = map_.numel() // map_.shape[1]
-        total = total + size * mean.double()
-        square = square + size * (variance.double() + mean.double().square())
-        count += size
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp_min(0)
 
 
 def is_plain(conv: _ConvNd, x: Tensor) -> bool:

@@ -24,6 +24,7 @@ from ghostify.conversion.fitting import channel_view, running_mean, solve_cheap
 from ghostify.conversion.tails import Tail
 from ghostify.nn.ghost import GhostConv
 from ghostify.planning.explained import norm_scale
+from ghostify.planning.statistics import channel_means
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,15 @@ class _Effort:
         """Multiply-accumulates for one image, from those of the primary and of applying the metric, once.
 
         A round has a product with the metric, and the layer run and its weight's gradient, for every
-        step and once before; and the layer four times more, for goals, what is left over and kernels.
+        step and once before; and the layer twice more, for goals and for kernels.
         """
-        return self.rounds * ((self.steps + 1) * (2 * layer + metric) + 4 * layer)
+        return self.rounds * ((self.steps + 1) * (2 * layer + metric) + 2 * layer)
 
 
 # The most thorough one that is affordable on enough images.
 _EFFORTS = (_Effort(4, 6), _Effort(3, 4), _Effort(2, 3), _Effort(1, 3))
 # Multiply-accumulates that a site may cost: seconds, not minutes.
-_MOST_MACS = 3e10
+_MOST_MACS = 2.7e10
 _FEWEST_IMAGES = 4
 # Share of the mean diagonal of the Gram matrix that holds the primary to what it was; see docs/decisions.md.
 _RIDGE = 3e-3
@@ -87,23 +88,23 @@ class _Site:
     offset: Tensor
     metric: Tensor
 
-    def goals(self) -> list[Tensor]:
+    def made(self) -> list[Tensor]:
+        """What the unit makes as it is."""
+        return [self.unit(x) for x in self.inputs]
+
+    def goals(self, made: list[Tensor]) -> list[Tensor]:
         """What the unit should make, original channel order: the targets, but for what is cut off in both."""
         found = []
-        for index, (x, target) in enumerate(zip(self.inputs, self.targets, strict=True)):
+        for index, (own, target) in enumerate(zip(made, self.targets, strict=True)):
             after = self.shift if self.tail.addend is None else self.shift + self.tail.addend[index]
             wanted = self.scale * target + after
-            made = self.scale * (self.unit(x) + self.offset) + after
-            cut = torch.where(wanted <= self.tail.low, made.clamp_max(self.tail.low), wanted)
-            cut = torch.where(wanted >= self.tail.high, made.clamp_min(self.tail.high), cut)
+            normed = self.scale * (own + self.offset) + after
+            cut = torch.where(wanted <= self.tail.low, normed.clamp_max(self.tail.low), wanted)
+            cut = torch.where(wanted >= self.tail.high, normed.clamp_min(self.tail.high), cut)
             muted = self.scale.abs() < 1e-6
             change = (cut - wanted) / torch.where(muted, 1, self.scale)
             found.append(target + torch.where(muted, 0, change) - self.offset)
         return found
-
-    def left_over(self, goals: list[Tensor]) -> list[Tensor]:
-        """What the unit does not reach of its goals."""
-        return [goal - self.unit(x) for goal, x in zip(goals, self.inputs, strict=True)]
 
 
 def refine_unit(
@@ -141,16 +142,20 @@ def refine_unit(
     site = _sampled(unit, norm, tail, inputs, targets, metric, images, generator)
     mean = running_mean(norm)
     factors = _cholesky(seen)
+    made = site.made()
     for _ in range(effort.rounds):
-        goals = site.goals()
+        goals = site.goals(made)
+        left = [goal - own for goal, own in zip(goals, made, strict=True)]
         with torch.no_grad():
-            primary.weight += _step(site, site.left_over(goals), factors, effort.steps)
+            primary.weight += _step(site, left, factors, effort.steps)
             if mean is None and primary.bias is not None:
                 rows = unit.layout()[: unit.intrinsic_channels].to(primary.bias.device)
-                primary.bias += _mean(site.left_over(goals))[rows]
+                primary.bias += (channel_means(goals) - channel_means(site.made()))[rows]
         solve_cheap(unit, site.inputs, goals, centred=mean is not None or primary.bias is not None, generator=generator)
+        made = site.made()
         if mean is not None:
-            site.offset = site.offset + channel_view(_mean(site.left_over(goals)), unit.dims)
+            missed = (channel_means(goals) - channel_means(made)).to(site.offset)
+            site.offset = site.offset + channel_view(missed, unit.dims)
     if mean is not None:
         teachers = running_mean(tail.norm)
         assert teachers is not None  # the student's norm is a copy of it
@@ -215,11 +220,6 @@ def _sampled(
         offset=channel_view(offset, unit.dims),
         metric=metric.to(scale),
     )
-
-
-def _mean(maps: list[Tensor]) -> Tensor:
-    """Mean of every channel, ``(n,)``."""
-    return torch.cat([part.transpose(0, 1).flatten(1) for part in maps], 1).mean(1)
 
 
 def _cholesky(seen: Tensor) -> tuple[Tensor, float]:

@@ -22,6 +22,8 @@ _WIDE = 512
 _ROUNDING = 1e-6
 # Deviations between zero and a mean from which on it is taken off first: float32 has lost two of seven digits by then.
 _FAR = 10
+# Samples that tell it.
+_FEW = 1_000
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,36 @@ def sample_pixels(maps: Tensor, share: float, generator: torch.Generator) -> Ten
     count = min(total, max(1, round(total * share)))
     chosen = torch.randperm(total, generator=generator)[:count].sort().values
     return chosen.to(maps.device)
+
+
+def channel_means(maps: Iterable[Tensor]) -> Tensor:
+    """Mean of every channel of maps ``(b, n, …)`` over all examples and pixels, ``(n,)`` in float64."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for numbers in map(_by_channel, maps):
+        examples, _, pixels = numbers.shape
+        total = total + pixels * numbers.mean(2).double().sum(0)
+        count += examples * pixels
+    return total / count
+
+
+def channel_moments(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel over all examples and pixels, ``(n,)`` each, in float64."""
+    total = square = torch.zeros((), dtype=torch.float64)
+    count = 0
+    for numbers in map(_by_channel, maps):
+        examples, _, pixels = numbers.shape
+        mean = numbers.mean(2, keepdim=True)
+        about = torch.linalg.vector_norm(numbers - mean, dim=2).double().square()  # far faster than torch.var_mean
+        total = total + pixels * mean.double().sum((0, 2))
+        square = square + (about + pixels * mean.double().square().squeeze(2)).sum(0)
+        count += examples * pixels
+    mean = total / count
+    return mean, (square / count - mean.square()).clamp_min(0)
+
+
+def _by_channel(maps: Tensor) -> Tensor:
+    """``(b, n, …)`` as ``(b, n, pixels)``, in float32 at least."""
+    return (maps if maps.dtype == torch.float64 else maps.float()).flatten(2)
 
 
 @dataclass
@@ -214,10 +246,10 @@ class Moments:
 
 
 def _origin(values: Tensor) -> Tensor:
-    """The mean of what lies far from zero for its spread, 0 for all else: of ``(…, rows, p)``, ``(…, p)`` float64."""
-    ones = values.new_ones(1, values.shape[-2])
-    mean = (ones @ values).squeeze(-2) / values.shape[-2]
-    square = torch.linalg.vector_norm(values, dim=-2).square() / values.shape[-2]
+    """Near the mean of what lies far from zero for its spread, else 0: of ``(…, rows, p)``, ``(…, p)`` in float64."""
+    some = values[..., :: math.ceil(values.shape[-2] / _FEW), :]
+    mean = some.mean(-2)
+    square = some.square().mean(-2)
     far = mean.square() > _FAR**2 * (square - mean.square()).clamp_min(0)
     return torch.where(far & (mean != 0), mean, 0).double()
 
@@ -234,6 +266,7 @@ def _gram(a: Tensor) -> Tensor:
     """``Aᵀ A`` of ``(…, rows, p)``; of a wide matrix only one of the two halves that mirror each other is computed."""
     width = a.shape[-1]
     if width <= _WIDE:
+        a = a.contiguous()  # of many narrow matrices, products of strided ones take several times as long
         return a.transpose(-2, -1) @ a
     gram = a.new_empty(*a.shape[:-2], width, width)
     for start in range(0, width, _WIDE):

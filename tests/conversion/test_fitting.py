@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import ghostify
-from ghostify.conversion import fitting
+from ghostify.planning.statistics import channel_moments
 
 
 def test_batches_whose_inputs_differ_and_whose_outputs_agree():
@@ -27,6 +27,6 @@ def test_batches_whose_inputs_differ_and_whose_outputs_agree():
 
 def test_a_norm_takes_the_exact_mean_of_half_precision_maps():
     maps = (3 + torch.randn(64, 2, 16, 16, generator=torch.Generator().manual_seed(0))).bfloat16()
-    mean, variance = fitting._moments_of([maps])
+    mean, variance = channel_moments([maps])
     assert torch.allclose(mean, maps.double().mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(variance, maps.double().var((0, 2, 3), correction=0), rtol=1e-4)
