@@ -48,7 +48,11 @@ class Window:
     def of(conv: _ConvNd) -> Window:
         """The window of a plain convolution."""
         pads = tuple(conv._reversed_padding_repeated_twice)
-        return Window(tuple(conv.kernel_size), tuple(conv.stride), tuple(conv.dilation), pads, conv.padding_mode)
+        dims = len(conv.kernel_size)
+        if conv.padding_mode == "zeros" and not isinstance(conv.padding, str) and len(conv.padding) == 1:
+            pads *= dims  # one number counts for all sides
+        stride, dilation = (tuple(some) * (dims // len(some)) for some in (conv.stride, conv.dilation))
+        return Window(tuple(conv.kernel_size), stride, dilation, pads, conv.padding_mode)
 
     @staticmethod
     def depthwise(side: int, dims: int) -> Window:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghostify.errors import InputsError, TraceError, first_line
-from ghostify.tracing.running import seed_torch, unmarked
+from ghostify.tracing.running import COMPARED, seed_torch, unmarked
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -142,7 +142,7 @@ class Example:
         """
         moved = self.to(model).copied()
         with unmarked(model), torch.no_grad():
-            seed_torch(0, model)  # a model that draws random numbers draws the same ones in every run
+            seed_torch(COMPARED, model)  # a model that draws random numbers draws the same ones in every run
             try:
                 # A GraphModule's own call prints a traceback beside the error that it raises.
                 call = nn.Module.__call__ if isinstance(model, fx.GraphModule) else type(model).__call__

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_structure
 from ghostify.errors import TraceError, first_line
 from ghostify.tracing.example import Example, copier_memo, difference, same_shapes
 from ghostify.tracing.graph import CHANGES_INPUT
-from ghostify.tracing.running import full_precision, own_random_state, seed_torch, unmarked
+from ghostify.tracing.running import COMPARED, full_precision, own_random_state, seed_torch, unmarked
 from ghostify.tracing.symbolic import attribute
 
 
@@ -38,7 +38,7 @@ def run_graph(graph: fx.Graph, model: nn.Module, example: Example, outputs: Any)
     buffers = list(model.buffers())
     with unmarked(model), torch.inference_mode(False), torch.no_grad():
         unchanged = list(_versions(buffers))
-        seed_torch(0, model)  # as in a run of the model
+        seed_torch(COMPARED, model)  # as in a run of the model
         for node in graph.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             read = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
@@ -75,13 +75,21 @@ def parted_in_training(model: nn.Module, graph: nn.Module, example: Example) -> 
         found = _answer_in_training(other, example)
     except Exception as error:  # whatever the model's operations raise
         return f"in training a graph does not run ({first_line(error)})"
-    return f"in training {parted}" if (parted := parted_answers(found, wanted)) else ""
+    if parted := parted_answers(found, wanted):
+        return f"in training {parted}"
+    mine = {name: buffer for name, buffer in original.named_buffers() if buffer.layout is torch.strided}
+    theirs = dict(other.named_buffers())
+    both = mine.keys() & theirs.keys()
+    others = [
+        name for name in both if not torch.equal(theirs[name], mine[name]) and difference(theirs[name], mine[name])
+    ]
+    return f"in training a graph leaves something else in {', '.join(sorted(others))}" if others else ""
 
 
 def _answer_in_training(model: nn.Module, example: Example) -> Any:
     moved = example.to(model).copied()
     with own_random_state(model), full_precision(model), torch.inference_mode(False), torch.no_grad():
-        seed_torch(0, model)
+        seed_torch(COMPARED, model)
         for module in model.modules():
             module.training = True
         return model(*moved.args, **moved.kwargs)

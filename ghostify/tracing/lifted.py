@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +27,23 @@ class LiftedModel(fx.GraphModule):
     """A model as a graph whose functional convolutions are modules; copies and pickles keep what the graph lacks."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
-        made = super().__deepcopy__(memo)
-        for name in _lost(vars(self), made):
-            vars(made)[name] = copy.deepcopy(vars(self)[name], memo)
         # By the memo: where a convolution is to be a Ghost unit in the copy, it is one.
-        _take_over(made, {kind: copy.deepcopy(vars(self)[kind], memo) for kind in _HOMES})
+        return self._completed(super().__deepcopy__(memo), lambda held: copy.deepcopy(held, memo))
+
+    def __copy__(self) -> fx.GraphModule:
+        with kinds_kept(self):
+            made = LiftedModel(self, self.graph)
+        return self._completed(made, lambda held: held)
+
+    def _completed(self, made: fx.GraphModule, held_by_it: Callable[[Any], Any]) -> fx.GraphModule:
+        """A copy with what torch has lost; ``held_by_it`` gives what it is to hold in the place of what this holds."""
+        for name in _lost(vars(self), made):
+            vars(made)[name] = held_by_it(vars(self)[name])
+        _take_over(made, {kind: held_by_it(vars(self)[kind]) for kind in _HOMES})
         for name in made._buffers.keys() - self._buffers.keys():
             del made._buffers[name]
         made._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
+        type(made).__name__ = type(self).__name__  # every graph has a class of its own
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,6 +87,11 @@ def _take_over(made: nn.Module, known: dict[str, Any]) -> None:
         vars(made)[kind].update(held)
 
 
+def named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, by all the names that they have."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
 @dataclass(frozen=True)
 class Buffers:
     """Names of a module's buffers, and which of them are no part of its state."""
@@ -90,6 +106,16 @@ def buffers_of(model: nn.Module) -> dict[str, Buffers]:
         name: Buffers(frozenset(module._buffers.keys()), frozenset(module._non_persistent_buffers_set))
         for name, module in model.named_modules(remove_duplicate=False)
     }
+
+
+@contextmanager
+def kinds_kept(model: nn.Module) -> Iterator[None]:
+    """While torch makes a graph that shares modules with a model, and registers their buffers once more."""
+    buffers = buffers_of(model)
+    try:
+        yield
+    finally:
+        keep_kinds(model, buffers)
 
 
 def keep_kinds(made: nn.Module, known: dict[str, Buffers]) -> None:

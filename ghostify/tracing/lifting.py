@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
 from ghostify.errors import TraceError, first_line
-from ghostify.tracing.execution import copied
-from ghostify.tracing.lifted import LiftedModel, Retracer, buffers_of, keep_kinds
-from ghostify.tracing.sites import has_hooks
-from ghostify.tracing.symbolic import attribute, is_constant, same_steps, trace_all, trace_graph
+from ghostify.tracing.liftable import check_graph, check_modules, check_names
+from ghostify.tracing.lifted import LiftedModel, Retracer, buffers_of, keep_kinds, kinds_kept, named_state
+from ghostify.tracing.symbolic import attribute, is_constant, trace_graph
 
 _CONVOLUTIONS: dict[Any, type[_ConvNd]] = {
     F.conv1d: nn.Conv1d,
@@ -32,16 +29,6 @@ _CONVOLUTIONS: dict[Any, type[_ConvNd]] = {
     F.conv_transpose2d: nn.ConvTranspose2d,
     F.conv_transpose3d: nn.ConvTranspose3d,
 }
-_METHODS = (
-    *("__call__", "train", "eval", "_apply", "to", "state_dict", "load_state_dict"),
-    *("get_extra_state", "set_extra_state", "_save_to_state_dict", "_load_from_state_dict"),
-)
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -62,20 +49,33 @@ class Lifted:
 
 
 class FunctionalConvolutions(TorchFunctionMode):
-    """While it is open, notes which modules hold the weights that are given to convolutions as arguments."""
+    """While it is open, notes convolutions that are called as functions with a weight as an argument.
 
-    def __init__(self, owners: dict[int, list[str]]) -> None:
+    Not those inside a convolution module, while which is called ``inside`` counts, nor depthwise ones, which are cheap
+    already.
+
+    Attributes:
+        owners: Which modules hold the weights.
+        computed: Calls whose weight no module holds.
+        inside: Of how many convolution modules the call goes on.
+    """
+
+    def __init__(self, model: nn.Module, holders: dict[int, list[str]]) -> None:
         super().__init__()
         self.owners: set[str] = set()
-        self._of_parameter = owners
+        self.computed, self.inside = 0, 0
+        self._holders = holders
+        self._fixed = {id(buffer) for buffer in model.buffers()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             groups = args[6] if len(args) > 6 else (kwargs or {}).get("groups", 1)
-            depthwise = groups > 1 and isinstance(weight, Tensor) and weight.shape[1] == 1  # cheap already
-            if not depthwise:
-                self.owners.update(self._of_parameter.get(id(weight), ()))
+            depthwise = groups > 1 and isinstance(weight, Tensor) and weight.shape[1] == 1
+            if id(weight) in self._holders and not depthwise:
+                self.owners.update(self._holders[id(weight)])
+            elif not (self.inside or depthwise or id(weight) in self._fixed):
+                self.computed += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -100,22 +100,35 @@ def lift_functions(
     Raises:
         TraceError: A graph would not do what the model does in training, or with other values in its state.
     """
-    entered = sorted(name for name in owners if _can_be_entered(model, name))
+    modules = dict(model.named_modules())
+    entered = sorted(name for name in owners if _can_be_entered(modules.get(name)))
     try:
         return _entering(model, graph, arguments, entered)
-    except TraceError as error:
+    except TraceError:
         if not entered:
             raise
-        left = str(error)
-    passing = []
-    for name in entered:
-        with suppress(TraceError):
-            _entering(model, graph, arguments, [name])
-            passing.append(name)
+    check_graph(model, graph, arguments, ())  # what parts outside of them does so whatever is entered
+    reasons: list[str] = []
+    passing = _passing(model, graph, arguments, entered, reasons)
     found = _entering(model, graph, arguments, passing)
     if found is None:
-        raise TraceError(left)
-    return replace(found, left=left)
+        raise TraceError("; ".join(reasons))
+    return replace(found, left="; ".join(reasons))
+
+
+def _passing(
+    model: nn.Module, graph: fx.Graph, arguments: Collection[str], names: list[str], reasons: list[str]
+) -> list[str]:
+    """Those of some modules that can be entered; the others' reasons are added."""
+    try:
+        _entering(model, graph, arguments, names)
+    except TraceError as error:
+        if len(names) == 1:
+            reasons.append(f"{names[0] or 'the model itself'}: {error}")
+            return []
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        return [name for half in halves for name in _passing(model, graph, arguments, half, reasons)]
+    return names
 
 
 def _entering(model: nn.Module, graph: fx.Graph, arguments: Collection[str], entered: Collection[str]) -> Lifted | None:
@@ -125,7 +138,7 @@ def _entering(model: nn.Module, graph: fx.Graph, arguments: Collection[str], ent
     try:
         inside = trace_graph(model, arguments, entered=entered)
     except Exception as error:  # whatever FX or the model's own code raises
-        raise TraceError(f"FX cannot trace what is inside of {', '.join(entered)} ({first_line(error)})") from error
+        raise TraceError(f"FX cannot trace what is inside of it ({first_line(error)})") from error
     return _lifted(model, inside, arguments, entered)
 
 
@@ -151,109 +164,39 @@ def _lifted(model: nn.Module, graph: fx.Graph, arguments: Collection[str], enter
                     lifted.erase_node(dead)
     if not made:
         return None
-    _check_graph(model, graph, arguments, entered)
-    _check_names(model)
-    for node in list(filter(is_constant, lifted.nodes)):  # made anew in every run: it may be changed there
-        with lifted.inserting_after(node):
-            fresh = lifted.call_method("clone", (node,))
-        node.replace_all_uses_with(fresh, delete_user_cb=lambda user, fresh=fresh: user is not fresh)
+    check_graph(model, graph, arguments, entered)
+    check_names(model, reads)
+    _make_plain(lifted)
     named = {str(node.target): node for node in lifted.nodes if node.op in ("call_module", "get_attr")}
     root = {target: attribute(named[target], model) for target in sorted(named.keys() - made.keys())}
-    buffers = buffers_of(model)
-    whole = LiftedModel({**root, **made}, lifted, type(model).__name__)
-    keep_kinds(model, buffers)  # torch registers the buffers of shared modules once more
+    try:
+        with kinds_kept(model):
+            whole = LiftedModel({**root, **made}, lifted, type(model).__name__)
+    except Exception as error:  # whatever torch makes of names and values that it does not foresee
+        raise TraceError(f"torch cannot make a module of its graph ({first_line(error)})") from error
     _hold_all(whole, model, {id(parameter) for conv in made.values() for parameter in conv.parameters()})
     known = set(model.modules())
     for module in whole.modules():
         if module not in known:  # what is shared with the model keeps its mode
             module.training = model.training
-    _check_modules(model, taken, set(whole.modules()))
+    check_modules(model, taken, set(whole.modules()))
     return Lifted(whole, tuple(made))
 
 
-def _can_be_entered(model: nn.Module, name: str) -> bool:
-    module = dict(model.named_modules()).get(name)
+def _make_plain(graph: fx.Graph) -> None:
+    """Let a graph be what can be written as code of its own, and make anew in every run what the forward makes."""
+    for node in list(graph.nodes):
+        node.type = None  # an annotation may be a name that this code does not know
+        if node.op == "placeholder" and node.all_input_nodes:
+            node.args = ()  # a tensor as the default of an argument, which the example gives
+    for node in list(filter(is_constant, graph.nodes)):
+        with graph.inserting_after(node):
+            fresh = graph.call_method("clone", (node,))  # it may be changed there
+        node.replace_all_uses_with(fresh, delete_user_cb=lambda user, fresh=fresh: user is not fresh)
+
+
+def _can_be_entered(module: nn.Module | None) -> bool:
     return module is not None and not isinstance(module, _ConvNd) and next(module.children(), None) is None
-
-
-def _check_graph(model: nn.Module, graph: fx.Graph, arguments: Collection[str], entered: Collection[str]) -> None:
-    """See that the forward does the same in training, and with other values in the model's state.
-
-    A graph holds the branches of one mode, and numbers that were computed while it was traced.
-
-    Raises:
-        TraceError: It does not.
-    """
-    other = copied(model)  # another kind of numbers would cut a parameter from what hangs on its gradient
-    state = {id(value): value for _, value in _named_state(other)}.values()
-    before = [(value, value.data) for value in state if value.layout is torch.strided]
-    for change in (_lowered, _raised):
-        try:
-            for value, data in before:
-                with suppress(RuntimeError, TypeError):  # kinds of numbers without arithmetic
-                    value.data = change(data)
-            same = same_steps(graph, trace_all(other, arguments, entered, training=True))
-        except TraceError:
-            raise
-        except Exception as error:  # whatever FX or the model's own code raises
-            raise TraceError(
-                f"in training, or with buffers as a part of the graph, it cannot be traced ({first_line(error)})"
-            ) from error
-        if not same:
-            raise TraceError("what it does depends on the mode, or on values in its state")
-
-
-def _lowered(tensor: Tensor) -> Tensor:
-    """Far below zero, so that comparisons come out otherwise."""
-    if tensor.is_floating_point() or tensor.is_complex():
-        return tensor.new_full((), -1000).expand(tensor.shape)
-    return ~tensor
-
-
-def _raised(tensor: Tensor) -> Tensor:
-    """Far above, and of another kind of numbers, which a forward may ask for, too."""
-    if tensor.is_complex():
-        return tensor.new_full((), 1000).expand(tensor.shape)
-    if tensor.is_floating_point():
-        kind = torch.float32 if tensor.dtype == torch.float64 else torch.float64
-        return tensor.new_full((), 1000, dtype=kind).expand(tensor.shape)
-    return tensor + 100
-
-
-def _check_modules(model: nn.Module, taken: Collection[str], held: Collection[nn.Module]) -> None:
-    """See that a module that the graph does not call does no more than its forward does.
-
-    Args:
-        model: The model.
-        taken: Names of what the graph calls.
-        held: Modules that the graph holds as they are, whether it calls them or not.
-
-    Raises:
-        TraceError: Something looks on, or it has a state or a way into training of its own.
-    """
-    for name, module in model.named_modules():
-        who = f"module {name!r}" if name else "the model itself"
-        if any(name == called or name.startswith(f"{called}.") for called in taken):
-            continue
-        if has_hooks(module) or any(getattr(module, hooks) for hooks in _STATE_HOOKS):
-            raise TraceError(f"{who} carries hooks")
-        if module in held:
-            continue
-        own = [method for method in _METHODS if getattr(type(module), method) is not getattr(nn.Module, method)]
-        if own and not isinstance(module, nn.ParameterList | nn.ParameterDict):  # which cannot be called
-            raise TraceError(f"{who} has a {own[0]} of its own")
-
-
-def _check_names(model: nn.Module) -> None:
-    """See that no name is one that torch's graphs have themselves.
-
-    Raises:
-        TraceError: One is.
-    """
-    graph = fx.GraphModule(nn.Module(), fx.Graph())
-    for name in (*model._modules, *model._parameters, *model._buffers):
-        if hasattr(graph, name):
-            raise TraceError(f"a graph has a {name!r} of its own")
 
 
 def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int]) -> None:
@@ -266,7 +209,7 @@ def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int]) -> None
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     there = {id(modules[name]): module for name, module in made.named_modules() if name in modules}
-    for name, value in _named_state(model):
+    for name, value in named_state(model):
         if id(value) in moved:
             continue
         *path, last = name.split(".")
@@ -285,29 +228,20 @@ def _hold_all(made: nn.Module, model: nn.Module, moved: Collection[int]) -> None
     keep_kinds(made, buffers_of(model))
 
 
-def _named_state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-
-
 def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd | None:
     """The module that computes what a call computes, with the same parameters; ``None`` where there can be none."""
     weight, bias = (_parameter(_argument(node, name), model, reads) for name in ("weight", "bias"))
-    options = {name: _argument(node, name) for name in _ARGUMENTS[3:]}
-    kind = _CONVOLUTIONS[node.target]
     if weight is None or (bias is None) != (_argument(node, "bias") is None):
         return None
     tensors = [_argument(node, name) for name in ("input", "weight", "bias")]
     if any(read not in tensors for read in node.all_input_nodes):  # an option that is computed
         return None
-    options = {name: value for name, value in options.items() if value is not None}
-    groups = options.get("groups", 1)
-    first, second = weight.shape[0], weight.shape[1] * groups
+    kind = _CONVOLUTIONS[node.target]
+    names = ("stride", "padding", "output_padding", "dilation", "groups")
+    options = {name: value for name in names if (value := _argument(node, name)) is not None}
+    channels = (weight.shape[1] * options.get("groups", 1), weight.shape[0])
     if issubclass(kind, _ConvTransposeNd):
-        channels = (first, second)
-        if (extra := _argument(node, "output_padding")) is not None:
-            options["output_padding"] = extra
-    else:
-        channels = (second, first)
+        channels = channels[::-1]
     # On meta: its own parameters are never made.
     conv: _ConvNd = kind(*channels, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **options)
     conv.weight, conv.bias = weight, bias
@@ -337,7 +271,7 @@ def _name_for(node: fx.Node, taken: Collection[str], model: nn.Module) -> str:
     weight, bias = (_argument(node, name) for name in ("weight", "bias"))
     owner, _, last = str(weight.target).rpartition(".")
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    names = {*taken, *(name for name, _ in _named_state(model))}
+    names = {*taken, *(name for name, _ in named_state(model))}
     inside = {name for name in names if name == owner or name.startswith(f"{owner}.")}
     mine = {str(argument.target) for argument in (weight, bias) if argument is not None}
     plain = last == "weight" and (bias is None or str(bias.target) == f"{owner}.bias")

@@ -7,7 +7,7 @@ import pickle
 import random
 import sys
 from array import array
-from collections import UserDict, UserList, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 # Whose contents can be looked at and put back, and nothing else happens: another mapping may be a file, say.
-_CHANGING = (dict, list, set, deque, UserDict, UserList, array)
+_CHANGING: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, array)
+_HOLDING = (*_CHANGING, tuple, UserDict, UserList)
+# Of runs that are compared: a model that seeds itself would do so with a number that people choose.
+COMPARED = 7_340_932_417
 
 
 @contextmanager
@@ -64,32 +67,34 @@ def own_random_state(*models: nn.Module) -> Iterator[None]:
 def random_state(*models: nn.Module) -> tuple[object, ...]:
     """Where torch's generators are, of the CPU and of the GPUs that models lie on, and Python's and NumPy's own.
 
-    And those that are attributes of the models' modules.
+    And those that the models' modules hold.
     """
     generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in gpus(*models))]
     states = [generator.get_state().numpy().tobytes() for generator in generators]
     numpy = sys.modules.get("numpy")
-    held = (value for model in models for module in model.modules() for value in vars(module).values())
-    own = [state for value in held if (state := _state_of_generator(value, numpy)) is not None]
+    kinds = (random.Random, torch.Generator, *(() if numpy is None else _generators_of(numpy)))
+    attributes = [value for model in models for module in model.modules() for value in vars(module).values()]
     return (
         *states,
         random.getstate(),
         None if numpy is None else pickle.dumps(numpy.random.get_state(legacy=False)),
-        *own,
+        *(_state_of_generator(value) for value in _held(attributes, (*kinds, *_HOLDING)) if isinstance(value, kinds)),
     )
 
 
-def _state_of_generator(value: object, numpy: Any) -> object:
-    """Where a generator of random numbers is; nothing of all else."""
-    if isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
-        return value.getstate()
-    if isinstance(value, torch.Generator):
-        return value.get_state().numpy().tobytes()
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        return pickle.dumps(value.bit_generator.state)
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        return pickle.dumps(value.get_state(legacy=False))
-    return None
+def _generators_of(numpy: Any) -> tuple[type, ...]:
+    return numpy.random.Generator, numpy.random.RandomState
+
+
+def _state_of_generator(generator: Any) -> object:
+    """Where a generator of random numbers is."""
+    if isinstance(generator, random.SystemRandom):
+        return None
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
+    return pickle.dumps(generator)
 
 
 @contextmanager
@@ -118,13 +123,14 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
         (f"{type(module).__name__}.{name}", container, _content(container))
         for module, found in attributes
         for name, value in found.items()
-        for container in _containers(value)
+        for container in _held([value], _HOLDING)
+        if isinstance(container, _CHANGING)
     ]
     buffers = [buffer for module in modules for buffer in module.buffers(recurse=False) if not buffer.is_meta]
     values = [(buffer, buffer.detach().clone()) for buffer in buffers]
 
     def left() -> list[str]:
-        others = [name for name, container, content in contents if not _holds(container, content)]
+        others = [name for name, container, content in contents if not _same(content, _content(container))]
         for module, found in attributes:
             if isinstance(module, torch.jit.ScriptModule):  # notes its methods there when they are asked for
                 continue
@@ -142,7 +148,7 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
                 del module.__dict__[name]
             module.__dict__.update(found)
         for _, container, content in contents:
-            if not _holds(container, content):
+            if not _same(content, _content(container)):
                 _restore(container, content)
         with torch.no_grad():
             for buffer, value in values:
@@ -186,25 +192,30 @@ def _switch_of_tf32() -> tuple[Any, str, Any]:
 
 def put_back(buffer: Tensor, value: Tensor) -> None:
     """Give a buffer the values that it had; one that has them is not written to."""
-    if buffer.layout is not torch.strided or not torch.equal(buffer, value):  # sparse tensors know no comparison
+    if buffer.layout is not torch.strided or not (torch.equal(buffer, value) or _same_bits(buffer, value)):
         buffer.copy_(value)
 
 
-def _containers(value: Any) -> Iterator[Any]:
-    """What can be changed of a list, set or dictionary, and of what it holds."""
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    """Whether numbers are the same, NaN among them."""
+    bits = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, two)]
+    return torch.equal(*bits)
+
+
+def _held(values: list[Any], kinds: tuple[type, ...]) -> Iterator[Any]:
+    """These values, and what of such kinds they hold, however deep."""
     seen: set[int] = set()
-    left = [value]
+    left = list(values)
     while left:
         value = left.pop()
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, _CHANGING):
-            yield value
+        yield value
         parts = _parts(value)
         # By their types, which are few: there may be a million of parts.
-        kinds = {kind for kind in set(map(type, parts)) if issubclass(kind, (*_CHANGING, tuple))}
-        left += [part for part in parts if type(part) in kinds] if kinds else []
+        wanted = {kind for kind in set(map(type, parts)) if issubclass(kind, kinds)}
+        left += [part for part in parts if type(part) in wanted] if wanted else []
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -213,38 +224,49 @@ def _parts(value: Any) -> Iterable[Any]:
         return dict.values(value)
     if isinstance(value, UserDict | UserList):
         return [value.data]
-    if isinstance(value, list):
-        return list(list.__iter__(value))
-    if isinstance(value, tuple):
-        return list(tuple.__iter__(value))
-    if isinstance(value, deque):
-        return list(deque.__iter__(value))
+    if isinstance(value, list | tuple | deque):
+        kind: Any = next(kind for kind in (list, tuple, deque) if isinstance(value, kind))
+        return list(kind.__iter__(value))
     return []  # of a set or an array: what they hold cannot be changed
 
 
-def _content(container: Any) -> Any:
-    """A copy of what a container holds."""
-    if isinstance(container, dict | UserDict):
-        return dict(container)
-    return set(container) if isinstance(container, set) else list(container)
+def _kind(container: Any) -> Any:
+    """Which of Python's own containers it is, whose ways are used, and not those of a user's class."""
+    return next(kind for kind in _CHANGING if isinstance(container, kind))
 
 
-def _holds(container: Any, content: Any) -> bool:
+def _content(container: Any) -> list[Any] | frozenset[Any] | bytes:
+    """A copy of what a container holds; of a dictionary keys and values in turn."""
+    kind = _kind(container)
+    if kind is array:
+        return array.tobytes(container)
+    held = list(kind.__iter__(container))
+    if kind is set:
+        return frozenset(held)
+    return (
+        [part for key in held for part in (key, dict.__getitem__(container, key))] if issubclass(kind, dict) else held
+    )
+
+
+def _same(content: list[Any] | frozenset[Any] | bytes, now: list[Any] | frozenset[Any] | bytes) -> bool:
     """Whether a container holds the very things that it held, in the same order."""
-    if isinstance(container, set | array):
-        return bool(type(content)(container) == content)
-    if len(container) != len(content) or not all(map(operator.is_, container, content)):
-        return False
-    return not isinstance(content, dict) or all(map(operator.is_, container.values(), content.values()))
+    if isinstance(content, list):
+        return len(content) == len(now) and all(map(operator.is_, content, now))
+    return content == now
 
 
 def _restore(container: Any, content: Any) -> None:
     """Put back what a container held."""
-    if isinstance(container, array):  # it cannot be cleared
-        container[:] = array(container.typecode, content)
+    kind = _kind(container)
+    if kind is array:
+        array.__delitem__(container, slice(None))
+        array.frombytes(container, content)
         return
-    container.clear()
-    if isinstance(content, list):
-        container.extend(content)
+    kind.clear(container)
+    if issubclass(kind, dict):
+        for key, value in zip(content[::2], content[1::2], strict=True):
+            kind.__setitem__(container, key, value)
+    elif kind is set:
+        set.update(container, content)
     else:
-        container.update(content)
+        kind.extend(container, content)

@@ -36,6 +36,15 @@ class _Default:
     value: Any
 
 
+class _StandIn(fx.Proxy):
+    """For a tensor, while FX traces. What is set on it is in no graph: ``self.gain.data = …``."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self) or name not in ("tracer", "node"):  # these two when it is made
+            self.tracer.within = True  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
+
+
 class _Tracer(fx.Tracer):
     """Keeps convolutions, batch norms and modules without children whole, as one node each, whatever their class."""
 
@@ -55,6 +64,9 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self.within |= _context() != self._around
         return super().create_node(*args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _StandIn(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         alone = next(m.children(), None) is None and id(m) not in self._entered

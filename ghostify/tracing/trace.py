@@ -98,19 +98,22 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     _check_kind(model)
     convolutions = {name: module for name, module in model.named_modules() if isinstance(module, _ConvNd)}
     owners = parameter_owners(model)
-    with FunctionalConvolutions(owners) as functional:
-        calls, unusual, outputs, count = _record(model, convolutions, example)
+    with FunctionalConvolutions(model, owners) as functional:
+        calls, unusual, outputs, count = _record(model, convolutions, example, functional)
     arguments = example.names(model)
     graph, note = _graph_or_reason(model, arguments, convolutions, calls, example, outputs)
     inside = functional.owners - convolutions.keys()
     stays = ""  # why what is called as a function does
     if lift:
-        facts, stays = _facts_of_lifted(model, graph, note, arguments, inside, example, outputs)
+        facts, reason = _facts_of_lifted(model, graph, note, arguments, inside, example, outputs)
+        computed = f"weights are computed (in {functional.computed} calls)" if functional.computed else ""
+        stays = "; ".join(filter(None, (reason, computed)))
         if facts is not None:
-            if facts.functional:
+            if facts.functional or stays:
+                some = ", ".join(name or "its own" for name in facts.functional)
                 warnings.warn(
                     f"some convolutions that {type(model).__name__} calls as functions stay as they are: "
-                    f"{', '.join(name or 'its own' for name in facts.functional)}" + (f" ({stays})" if stays else ""),
+                    + (f"{some} ({stays})" if some and stays else some or stays),
                     stacklevel=2,
                 )
             return replace(facts, unlifted=trace(model, example, lift=False) if convolutions else None)
@@ -234,19 +237,25 @@ def _check_kind(model: nn.Module) -> None:
 
 
 def _record(
-    model: nn.Module, convolutions: dict[str, _ConvNd], example: Example
+    model: nn.Module, convolutions: dict[str, _ConvNd], example: Example, functional: FunctionalConvolutions
 ) -> tuple[dict[str, list[tuple[int, Call]]], dict[str, str], Any, MacCount]:
     """Run the model once: every call of every convolution with its position, unusual calls, the outputs, the MACs."""
     calls: dict[str, list[tuple[int, Call]]] = defaultdict(list)
     unusual: dict[str, str] = {}
     position = 0
     handles = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        functional.inside += 1
+
     for name, module in convolutions.items():
+        handles.append(module.register_forward_pre_hook(enter))
 
         def record(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name
         ) -> None:
             nonlocal position
+            functional.inside -= 1
             read = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if len(args) != 1 or kwargs or read is None or not isinstance(output, Tensor):
                 unusual[name] = "it is called in another way than conv(x)"

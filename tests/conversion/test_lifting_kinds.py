@@ -239,7 +239,7 @@ class BranchesInside(Convolution):
 
 def test_a_convolution_of_ones_own_that_cannot_be_traced_stays():
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)), BranchesInside(8)).eval()
-    with pytest.warns(UserWarning, match="stay as they are: FX cannot trace what is inside of 3"):
+    with pytest.warns(UserWarning, match="stay as they are: 3: FX cannot trace what is inside of it"):
         plan = ghostify.plan(model, example_inputs=X)
     assert plan.trace_way == "fx"
     assert [decision.site.name for decision in plan.decisions] == ["0", "1", "2"]
@@ -313,9 +313,7 @@ class HoldsBoth(CallsAFunction):
 
 
 def test_what_cannot_be_traced_does_not_keep_others_from_being_lifted():
-    told = (
-        r"some convolutions that HoldsBoth calls as functions stay as they are: bad \(FX cannot trace what is inside of"
-    )
+    told = r"some convolutions that HoldsBoth calls as functions stay as they are: bad \(bad: FX cannot trace what is"
     with pytest.warns(UserWarning, match=told):
         small = converted(made(HoldsBoth))
     assert small.ghostify_plan.lifted == ("good", "weight_conv")

@@ -14,7 +14,7 @@ from torch import nn
 import ghostify
 from ghostify.nn.cifar import CifarResNet
 from ghostify.tracing import running
-from ghostify.tracing.running import full_precision, own_random_state, unmarked
+from ghostify.tracing.running import full_precision, own_random_state, random_state, unmarked
 
 NETWORK = nn.Linear(2, 2)
 
@@ -116,13 +116,71 @@ def test_what_nests_in_what_a_model_holds_is_put_back(held):
 
 def test_numbers_in_an_array_are_put_back():
     model = nn.Linear(2, 2)
-    model.held = array("d", [1.5, 2.5])
+    model.held = array("d", [1.5, float("nan")])
+    before = model.held.tobytes()
     with unmarked(model) as left:
         assert left() == []
         model.held[0] = 3.0
         model.held.append(4.0)
         assert left() == ["Linear.held"]
-    assert model.held == array("d", [1.5, 2.5])
+    assert model.held.tobytes() == before
+
+
+class Names(list):
+    def __iter__(self):
+        return (f"pre.{name}" for name in super().__iter__())
+
+
+class Recent(OrderedDict):
+    def __getitem__(self, key):
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+
+class Refuses(UserDict):
+    def __getitem__(self, key):
+        raise RuntimeError(key)
+
+
+class Doubles(dict):
+    def values(self):
+        return [2 * value for value in super().values()]
+
+
+@pytest.mark.parametrize("held", [Names("ab"), Recent(b=[1], a=[2]), Refuses(a=[1]), Doubles(a=[1]), {"a", "b"}])
+def test_no_code_of_a_users_container_runs(held):
+    model = nn.Linear(2, 2)
+    model.held = held
+
+    def now():
+        if isinstance(held, list):
+            return list.copy(held)
+        inside = held.data if isinstance(held, UserDict) else held
+        return [(key, dict.__getitem__(inside, key)) for key in inside] if isinstance(inside, dict) else set(inside)
+
+    before = now()
+    with unmarked(model) as left:
+        assert left() == []
+        (held.data if isinstance(held, UserDict) else held).clear()
+        assert left() == ["Linear.held"]
+    assert now() == before
+
+
+def test_a_buffer_is_not_written_to_where_it_holds_the_same():
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.tensor([float("nan"), 1.0]))
+    with unmarked(model):
+        pass
+    assert model.scale._version == 0
+
+
+def test_generators_in_what_a_model_holds_are_looked_at():
+    model = nn.Linear(2, 2)
+    model.held = {"drawn": [random.Random(0)]}
+    before = random_state(model)
+    assert random_state(model) == before
+    model.held["drawn"][0].random()
+    assert random_state(model) != before
 
 
 def test_the_environment_is_left_alone():
