@@ -146,6 +146,7 @@ def refine_unit(
     for _ in range(effort.rounds):
         goals = site.goals(made)
         left = [goal - own for goal, own in zip(goals, made, strict=True)]
+        del made  # maps of all the samples
         with torch.no_grad():
             primary.weight += _step(site, left, factors, effort.steps)
             if mean is None and primary.bias is not None:
