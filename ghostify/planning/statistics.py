@@ -136,7 +136,7 @@ def channel_moments(maps: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     for numbers in map(_by_channel, maps):
         examples, _, pixels = numbers.shape
         mean = numbers.mean(2, keepdim=True)
-        about = torch.linalg.vector_norm(numbers - mean, dim=2).double().square()  # far faster than torch.var_mean
+        about = (numbers - mean).square_().sum(2).double()  # several times faster than torch.var_mean, and as exact
         total = total + pixels * mean.double().sum((0, 2))
         square = square + (about + pixels * mean.double().square().squeeze(2)).sum(0)
         count += examples * pixels

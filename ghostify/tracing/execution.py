@@ -77,13 +77,20 @@ def parted_in_training(model: nn.Module, graph: nn.Module, example: Example) -> 
         return f"in training a graph does not run ({first_line(error)})"
     if parted := parted_answers(found, wanted):
         return f"in training {parted}"
-    mine = {name: buffer for name, buffer in original.named_buffers() if buffer.layout is torch.strided}
-    theirs = dict(other.named_buffers())
-    both = mine.keys() & theirs.keys()
-    others = [
-        name for name in both if not torch.equal(theirs[name], mine[name]) and difference(theirs[name], mine[name])
-    ]
+    mine, theirs = dict(original.named_buffers()), dict(other.named_buffers())
+    others = [name for name in mine.keys() & theirs.keys() if _parted(mine[name], theirs[name])]
     return f"in training a graph leaves something else in {', '.join(sorted(others))}" if others else ""
+
+
+def _parted(one: Tensor, two: Tensor) -> bool:
+    """Whether two buffers hold other numbers, by more than rounding."""
+    if (one.dtype, one.shape, one.layout) != (two.dtype, two.shape, two.layout):
+        return True
+    if one.is_meta or one.layout is not torch.strided or torch.equal(one, two):
+        return False
+    if one.is_complex():
+        one, two = torch.view_as_real(one), torch.view_as_real(two)
+    return bool(difference(two, one))
 
 
 def _answer_in_training(model: nn.Module, example: Example) -> Any:

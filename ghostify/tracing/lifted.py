@@ -33,6 +33,7 @@ class LiftedModel(fx.GraphModule):
     def __copy__(self) -> fx.GraphModule:
         with kinds_kept(self):
             made = LiftedModel(self, self.graph)
+        made.meta = self.meta
         return self._completed(made, lambda held: held)
 
     def _completed(self, made: fx.GraphModule, held_by_it: Callable[[Any], Any]) -> fx.GraphModule:

@@ -6,7 +6,7 @@ itself changes and a ``torch.fx.GraphModule`` takes the model's place.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,7 +56,7 @@ class FunctionalConvolutions(TorchFunctionMode):
 
     Attributes:
         owners: Which modules hold the weights.
-        computed: Calls whose weight no module holds.
+        computed: Calls whose weight no module holds; filters of a single channel, such as a blur's, are left out.
         inside: Of how many convolution modules the call goes on.
     """
 
@@ -74,7 +74,7 @@ class FunctionalConvolutions(TorchFunctionMode):
             depthwise = groups > 1 and isinstance(weight, Tensor) and weight.shape[1] == 1
             if id(weight) in self._holders and not depthwise:
                 self.owners.update(self._holders[id(weight)])
-            elif not (self.inside or depthwise or id(weight) in self._fixed):
+            elif not (self.inside or id(weight) in self._fixed or getattr(weight, "shape", (0, 1))[1] == 1):
                 self.computed += 1
         return func(*args, **(kwargs or {}))
 
@@ -108,23 +108,27 @@ def lift_functions(
         if not entered:
             raise
     check_graph(model, graph, arguments, ())  # what parts outside of them does so whatever is entered
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = defaultdict(list)
     passing = _passing(model, graph, arguments, entered, reasons)
+    left = "; ".join(
+        reason if len(names) == len(entered) > 1 else f"{', '.join(names)}: {reason}"
+        for reason, names in reasons.items()
+    )
     found = _entering(model, graph, arguments, passing)
     if found is None:
-        raise TraceError("; ".join(reasons))
-    return replace(found, left="; ".join(reasons))
+        raise TraceError(left)
+    return replace(found, left=left)
 
 
 def _passing(
-    model: nn.Module, graph: fx.Graph, arguments: Collection[str], names: list[str], reasons: list[str]
+    model: nn.Module, graph: fx.Graph, arguments: Collection[str], names: list[str], reasons: dict[str, list[str]]
 ) -> list[str]:
-    """Those of some modules that can be entered; the others' reasons are added."""
+    """Those of some modules that can be entered; the others are added to their reasons."""
     try:
         _entering(model, graph, arguments, names)
     except TraceError as error:
         if len(names) == 1:
-            reasons.append(f"{names[0] or 'the model itself'}: {error}")
+            reasons[str(error)] += names
             return []
         halves = names[: len(names) // 2], names[len(names) // 2 :]
         return [name for half in halves for name in _passing(model, graph, arguments, half, reasons)]
@@ -138,7 +142,7 @@ def _entering(model: nn.Module, graph: fx.Graph, arguments: Collection[str], ent
     try:
         inside = trace_graph(model, arguments, entered=entered)
     except Exception as error:  # whatever FX or the model's own code raises
-        raise TraceError(f"FX cannot trace what is inside of it ({first_line(error)})") from error
+        raise TraceError(f"FX cannot trace what is inside ({first_line(error)})") from error
     return _lifted(model, inside, arguments, entered)
 
 
@@ -185,10 +189,12 @@ def _lifted(model: nn.Module, graph: fx.Graph, arguments: Collection[str], enter
 
 def _make_plain(graph: fx.Graph) -> None:
     """Let a graph be what can be written as code of its own, and make anew in every run what the forward makes."""
-    for node in list(graph.nodes):
+    for node in graph.nodes:
         node.type = None  # an annotation may be a name that this code does not know
-        if node.op == "placeholder" and node.all_input_nodes:
-            node.args = ()  # a tensor as the default of an argument, which the example gives
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    last = max((place for place, node in enumerate(inputs) if node.all_input_nodes), default=-1)
+    for node in inputs[: last + 1]:  # a tensor as a default, and those before it: the example gives these arguments
+        node.args = ()
     for node in list(filter(is_constant, graph.nodes)):
         with graph.inserting_after(node):
             fresh = graph.call_method("clone", (node,))  # it may be changed there

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 # Whose contents can be looked at and put back, and nothing else happens: another mapping may be a file, say.
-_CHANGING: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, array)
-_HOLDING = (*_CHANGING, tuple, UserDict, UserList)
+_CHANGING: tuple[Any, ...] = (OrderedDict, dict, list, set, deque, array, UserDict, UserList)
+_HOLDING = (*_CHANGING, tuple)
 # Of runs that are compared: a model that seeds itself would do so with a number that people choose.
 COMPARED = 7_340_932_417
 
@@ -147,12 +147,12 @@ def unmarked(model: nn.Module, *, but: Collection[nn.Module] = ()) -> Iterator[C
             for name in vars(module).keys() - found.keys():
                 del module.__dict__[name]
             module.__dict__.update(found)
-        for _, container, content in contents:
-            if not _same(content, _content(container)):
-                _restore(container, content)
         with torch.no_grad():
             for buffer, value in values:
                 put_back(buffer, value)
+        for _, container, content in contents:
+            if not _same(content, _content(container)):
+                _restore(container, content)
 
 
 @contextmanager
@@ -197,7 +197,9 @@ def put_back(buffer: Tensor, value: Tensor) -> None:
 
 
 def _same_bits(one: Tensor, two: Tensor) -> bool:
-    """Whether numbers are the same, NaN among them."""
+    """Whether real numbers are the same, NaN among them."""
+    if not one.is_floating_point():
+        return False
     bits = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (one, two)]
     return torch.equal(*bits)
 
@@ -240,12 +242,14 @@ def _content(container: Any) -> list[Any] | frozenset[Any] | bytes:
     kind = _kind(container)
     if kind is array:
         return array.tobytes(container)
-    held = list(kind.__iter__(container))
+    if kind in (UserDict, UserList):
+        return [container.data]
     if kind is set:
-        return frozenset(held)
-    return (
-        [part for key in held for part in (key, dict.__getitem__(container, key))] if issubclass(kind, dict) else held
-    )
+        return frozenset(set.__iter__(container))
+    if issubclass(kind, dict):  # without a look at any key's hash, which may be another by now
+        values = {id(key): value for key, value in dict.items(container)}
+        return [part for key in kind.__iter__(container) for part in (key, values[id(key)])]
+    return list(kind.__iter__(container))
 
 
 def _same(content: list[Any] | frozenset[Any] | bytes, now: list[Any] | frozenset[Any] | bytes) -> bool:
@@ -259,8 +263,12 @@ def _restore(container: Any, content: Any) -> None:
     """Put back what a container held."""
     kind = _kind(container)
     if kind is array:
-        array.__delitem__(container, slice(None))
-        array.frombytes(container, content)
+        before = array(container.typecode)
+        before.frombytes(content)
+        array.__setitem__(container, slice(None), before)  # in place: somebody may look at its memory
+        return
+    if kind in (UserDict, UserList):
+        (container.data,) = content
         return
     kind.clear(container)
     if issubclass(kind, dict):

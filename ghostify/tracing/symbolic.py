@@ -40,8 +40,9 @@ class _StandIn(fx.Proxy):
     """For a tensor, while FX traces. What is set on it is in no graph: ``self.gain.data = …``."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in vars(self) or name not in ("tracer", "node"):  # these two when it is made
-            self.tracer.within = True  # type: ignore[attr-defined]
+        tracer = vars(self).get("tracer")
+        if tracer is not None and name not in ("tracer", "node", "__dict__"):  # those when it is made, or copied
+            tracer.within = True
         super().__setattr__(name, value)
 
 
@@ -192,7 +193,10 @@ def _traced(
         if random_state(model) != drawn:
             unseen.append("the forward draws random numbers that a graph would keep")
         if tracer.within:
-            unseen.append("a part of the forward has no gradients, gradients of its own or a precision of its own")
+            unseen.append(
+                "a part of the forward has no gradients, gradients of its own or a precision of its own, or sets an "
+                "attribute of a tensor"
+            )
         return graph, unseen
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import ghostify
-from ghostify.planning.statistics import channel_moments
+from ghostify.planning.statistics import channel_means, channel_moments
 
 
 def test_batches_whose_inputs_differ_and_whose_outputs_agree():
@@ -30,3 +30,12 @@ def test_a_norm_takes_the_exact_mean_of_half_precision_maps():
     mean, variance = channel_moments([maps])
     assert torch.allclose(mean, maps.double().mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(variance, maps.double().var((0, 2, 3), correction=0), rtol=1e-4)
+
+
+def test_the_variance_of_large_maps_is_exact():
+    maps = torch.randn(1, 2, 1024, 1024, generator=torch.Generator().manual_seed(0)).relu()
+    for some in (maps, maps.to(memory_format=torch.channels_last)):
+        mean, variance = channel_moments([some])
+        assert torch.allclose(mean, maps.double().mean((0, 2, 3)), rtol=1e-6)
+        assert torch.allclose(variance, maps.double().var((0, 2, 3), correction=0), rtol=1e-6)
+        assert torch.equal(channel_means([some]), mean)

@@ -239,7 +239,7 @@ class BranchesInside(Convolution):
 
 def test_a_convolution_of_ones_own_that_cannot_be_traced_stays():
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)), BranchesInside(8)).eval()
-    with pytest.warns(UserWarning, match="stay as they are: 3: FX cannot trace what is inside of it"):
+    with pytest.warns(UserWarning, match="stay as they are: 3: FX cannot trace what is inside"):
         plan = ghostify.plan(model, example_inputs=X)
     assert plan.trace_way == "fx"
     assert [decision.site.name for decision in plan.decisions] == ["0", "1", "2"]

@@ -9,7 +9,7 @@ from typing import Annotated
 import pytest
 import torch
 import torch.nn.functional as F
-from odd_models import CallsAFunction, TakesOffItsMean, X, made
+from odd_models import Base, CallsAFunction, TakesOffItsMean, X, made
 from torch import nn
 
 import ghostify
@@ -45,14 +45,15 @@ class AnnotatesByName(CallsAFunction):
 
 
 class HasATensorAsDefault(CallsAFunction):
-    def forward(self, x, scale=torch.ones(1)):  # noqa: B008 - that is what is odd
-        return self.body(x * scale)
+    def forward(self, x, factor=1.0, scale=torch.ones(1)):  # noqa: B008 - that is what is odd
+        return self.body(x * scale * factor)
 
 
 @pytest.mark.parametrize("kind", [Annotates, AnnotatesByName, HasATensorAsDefault])
 def test_annotations_and_defaults_are_no_part_of_a_graph(kind):
     model = made(kind)
-    given = {"x": X, "scale": torch.full((1,), 2.0)} if kind is HasATensorAsDefault else {"x": X}
+    more = {"factor": 3.0, "scale": torch.full((1,), 2.0)}
+    given = {"x": X} | (more if kind is HasATensorAsDefault else {})
     keys = list(model.state_dict())
     small = ghostify.convert(model, ratio=2, example_inputs=given)
     assert small.ghostify_plan.lifted
@@ -142,10 +143,45 @@ class LeavesItsMean(TakesOffItsMean):
         return self.body(x)
 
 
-def test_what_a_training_run_leaves_in_buffers_is_compared():
-    model = made(LeavesItsMean)
+class Turns(LeavesItsMean):
+    """Only the imaginary part is another."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(3, dtype=torch.complex64)
+
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            self.mean.add_(1j)
+        return self.body(x)
+
+
+class Widens(LeavesItsMean):
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            self.mean = self.mean.double()
+        return self.body(x)
+
+
+@pytest.mark.parametrize("kind", [LeavesItsMean, Turns, Widens])
+def test_what_a_training_run_leaves_in_buffers_is_compared(kind):
     with pytest.warns(UserWarning, match=r"in training a graph leaves something else in mean"):
-        assert not ghostify.plan(model, example_inputs=X).lifted
+        assert not ghostify.plan(made(kind), example_inputs=X).lifted
+
+
+def test_a_model_on_meta_is_lifted():
+    with torch.device("meta"):
+        model = CallsAFunction().eval()
+    assert ghostify.plan(model, example_inputs=X.to("meta")).lifted
+
+
+class CopiesItsInput(CallsAFunction):
+    def forward(self, x):
+        return self.body(copy.copy(x))
+
+
+def test_a_forward_may_copy_what_it_is_given():
+    assert ghostify.plan(made(CopiesItsInput), example_inputs=X).lifted
 
 
 class Standardised(CallsAFunction):
@@ -154,27 +190,46 @@ class Standardised(CallsAFunction):
         return super(CallsAFunction, self).body(x + F.conv2d(F.relu(self.c0(x)), weight, padding=1)[:, :8])
 
 
+class Blurs(Base):
+    def body(self, x):
+        return super().body(x + F.conv2d(x.mean(1, keepdim=True), torch.ones(1, 1, 3, 3) / 9, padding=1))
+
+
 def test_convolutions_whose_weights_are_computed_are_told():
     with pytest.warns(UserWarning, match=r"stay as they are: weights are computed \(in 1 calls\)"):
         assert not ghostify.plan(made(Standardised), example_inputs=X).lifted
-    with warnings.catch_warnings():  # not those inside a convolution module
+    with warnings.catch_warnings():  # not those inside a convolution module, nor a blur
         warnings.simplefilter("error")
+        trace(made(Blurs), X)
         trace(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), X)
 
 
 def test_only_those_that_cannot_be_entered_are_told_and_the_others_are_lifted():
     model = nn.Sequential(*(OfItsOwn(8, bad=place == 5) for place in range(12))).eval()
-    with pytest.warns(UserWarning, match=r"stay as they are: 5 \(5: FX cannot trace what is inside of it"):
+    with pytest.warns(UserWarning, match=r"stay as they are: 5 \(5: FX cannot trace what is inside"):
         plan = ghostify.plan(model, example_inputs=X)
     assert len(plan.lifted) == 11
     assert "5" not in plan.lifted
+
+
+class TrainsItsOwnWay(nn.Sequential):
+    def train(self, mode=True):
+        return super().train(mode)
+
+
+def test_a_reason_that_all_share_is_told_once():
+    model = TrainsItsOwnWay(nn.Conv2d(8, 8, 3, padding=1), *(OfItsOwn(8) for _ in range(6))).eval()
+    with pytest.warns(UserWarning, match="stay as they are: the model itself has a train of its own$"):
+        trace(model, X)
 
 
 def test_a_copy_that_shares_its_parts_is_whole():
     model = made(Annotates)
     small = ghostify.convert(model, ratio=2, example_inputs=X)
     keys = list(small.state_dict())
+    small.meta["note"] = "kept"
     again = copy.copy(small)
+    assert again.meta == small.meta
     assert list(again.state_dict()) == list(small.state_dict()) == keys
     assert again.ghostify_plan is small.ghostify_plan
     assert again.head is small.head

@@ -166,6 +166,52 @@ def test_no_code_of_a_users_container_runs(held):
     assert now() == before
 
 
+def test_an_array_that_others_look_at_is_put_back():
+    model = nn.Linear(2, 2)
+    model.held = array("f", [1.0, 2.0])
+    model.seen = numpy.frombuffer(model.held, dtype=numpy.float32)
+    with unmarked(model):
+        model.held[0] = 3.0
+    assert model.seen.tolist() == [1.0, 2.0]
+
+
+class Key:
+    def __init__(self, name):
+        self.name = name
+
+    def __hash__(self):
+        return hash(self.name)
+
+
+def test_a_key_may_have_another_hash_by_now():
+    model, key = nn.Linear(2, 2), Key("a")
+    model.held = {key: 1}
+    key.name = "b"
+    with unmarked(model) as left:
+        assert left() == []
+
+
+@pytest.mark.parametrize(("held", "other"), [(UserDict(a=1), {"b": 2}), (UserList([1]), [2])])
+def test_what_such_a_container_holds_its_things_in_is_put_back(held, other):
+    model = nn.Linear(2, 2)
+    model.held, before = held, copy.deepcopy(held)
+    with unmarked(model) as left:
+        held.data = other
+        assert left() == ["Linear.held"]
+    assert held == before
+
+
+def test_a_buffer_of_other_kinds_of_numbers_is_put_back():
+    model = nn.Linear(2, 2)
+    model.register_buffer("turned", torch.tensor([1 + 1j]).conj())
+    model.register_buffer("small", torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8))
+    with unmarked(model):
+        model.turned.fill_(1)
+        model.small.copy_(torch.zeros(2))
+    assert model.turned.item() == 1 - 1j
+    assert model.small.dequantize().tolist() == [1.0, 1.0]
+
+
 def test_a_buffer_is_not_written_to_where_it_holds_the_same():
     model = nn.Linear(2, 2)
     model.register_buffer("scale", torch.tensor([float("nan"), 1.0]))
