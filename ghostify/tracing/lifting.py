@@ -71,10 +71,10 @@ class FunctionalConvolutions(TorchFunctionMode):
         if func in _CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             groups = args[6] if len(args) > 6 else (kwargs or {}).get("groups", 1)
-            depthwise = groups > 1 and isinstance(weight, Tensor) and weight.shape[1] == 1
-            if id(weight) in self._holders and not depthwise:
+            thin = isinstance(weight, Tensor) and weight.shape[1] == 1  # every filter sees a single channel
+            if id(weight) in self._holders and not (thin and groups > 1):
                 self.owners.update(self._holders[id(weight)])
-            elif not (self.inside or id(weight) in self._fixed or getattr(weight, "shape", (0, 1))[1] == 1):
+            elif not (self.inside or thin or id(weight) in self._fixed):
                 self.computed += 1
         return func(*args, **(kwargs or {}))
 

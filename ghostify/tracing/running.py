@@ -191,7 +191,7 @@ def _switch_of_tf32() -> tuple[Any, str, Any]:
 
 
 def put_back(buffer: Tensor, value: Tensor) -> None:
-    """Give a buffer the values that it had; one that has them is not written to."""
+    """Give a buffer the values that it had; one that has them is not written to, but for sparse ones."""
     if buffer.layout is not torch.strided or not (torch.equal(buffer, value) or _same_bits(buffer, value)):
         buffer.copy_(value)
 

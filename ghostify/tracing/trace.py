@@ -106,7 +106,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs | Example | None, *, l
     stays = ""  # why what is called as a function does
     if lift:
         facts, reason = _facts_of_lifted(model, graph, note, arguments, inside, example, outputs)
-        computed = f"weights are computed (in {functional.computed} calls)" if functional.computed else ""
+        computed = f"weights are computed (calls: {functional.computed})" if functional.computed else ""
         stays = "; ".join(filter(None, (reason, computed)))
         if facts is not None:
             if facts.functional or stays:

@@ -196,7 +196,7 @@ class Blurs(Base):
 
 
 def test_convolutions_whose_weights_are_computed_are_told():
-    with pytest.warns(UserWarning, match=r"stay as they are: weights are computed \(in 1 calls\)"):
+    with pytest.warns(UserWarning, match=r"stay as they are: weights are computed \(calls: 1\)"):
         assert not ghostify.plan(made(Standardised), example_inputs=X).lifted
     with warnings.catch_warnings():  # not those inside a convolution module, nor a blur
         warnings.simplefilter("error")
