@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -300,9 +301,11 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError as error:
         raise ArtefactError(f"weights={str(file)!r} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # each reader has its own errors for a damaged or foreign file
+        unpickled = isinstance(error, pickle.UnpicklingError)  # what torch says of it is a page long
+        reason = type(error).__name__ if unpickled else first_line(error)
         raise ArtefactError(
             f"weights={str(file)!r} is damaged, or holds more than tensors, which is not loaded because it could run "
-            f"code ({first_line(error)}). Write it with torch.save(model.state_dict(), FILE)."
+            f"code ({reason}). Write it with torch.save(model.state_dict(), FILE)."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

@@ -57,9 +57,9 @@ def channel_metrics(
     for decision in plan.replaced:
 
         def keep(module: nn.Module, args: Any, output: Tensor, decision: Decision = decision) -> Tensor:
-            kept = output if output.requires_grad else output.detach().requires_grad_()
-            outputs.append((decision, kept))
-            return kept.clone()  # what follows may work in place
+            watched = output if output.requires_grad else output.detach().requires_grad_()
+            outputs.append((decision, watched))
+            return watched.clone()  # what follows may work in place
 
         handles.append(model.get_submodule(decision.site.name).register_forward_hook(keep))
     try:
@@ -71,8 +71,9 @@ def channel_metrics(
                 outputs.clear()
                 made = model(*example.args, **example.kwargs)
                 loss = _drawn(made, generator)
-                gradients = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
-                for (decision, _), gradient in zip(outputs, gradients, strict=True):
+                kept = list(outputs)  # what a checkpoint computes again, in the backward pass, is kept again
+                gradients = torch.autograd.grad(loss, [output for _, output in kept], allow_unused=True)
+                for (decision, _), gradient in zip(kept, gradients, strict=True):
                     if gradient is not None:
                         name, dims = decision.site.name, len(decision.site.kernel_size)
                         rows = gradient.movedim(-dims - 1, 0).flatten(1).float()

@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ghostify.conversion.norms import looks_folded
 from ghostify.nn.ghost import GhostConv
-from ghostify.nn.selection import filters_of
 from ghostify.planning.statistics import ridge_solve
+from ghostify.tracing.sites import filters_of
 
 _RIDGE = 1e-4
 

@@ -139,15 +139,16 @@ def read_state(folder: Path, made_by: dict[str, Any]) -> tuple[Progress, dict[st
             log.warning("%s is damaged (%s), and passed over", path, reason)
             continue
         then, now = _flat(header["made_by"]), _flat(json.loads(json.dumps(made_by)))
-        for name in [name for name in {**now, **then} if now.get(name) != then.get(name)]:
-            if name in _MAY_CHANGE:
-                if name in then and then[name] != "auto":  # an earlier version knew less, or wrote that down
-                    log.warning("from here on %s=%r; the run was begun with %r", name, now.get(name), then[name])
-                continue
-            raise OptionError(
-                f"resume=True: {name}={now.get(name)!r}, and the run in {str(folder.parent)!r} was begun with "
-                f"{then.get(name)!r}. Pass what it was begun with, or another folder as out."
-            )
+        others = [name for name in {**now, **then} if now.get(name) != then.get(name)]
+        for name in others:
+            if name not in _MAY_CHANGE:
+                raise OptionError(
+                    f"resume=True: {name}={now.get(name)!r}, and the run in {str(folder.parent)!r} was begun with "
+                    f"{then.get(name)!r}. Pass what it was begun with, or another folder as out."
+                )
+        for name in others:
+            if name in then and then[name] != "auto":  # an earlier version knew less, or wrote that down
+                log.warning("from here on %s=%r; the run was begun with %r", name, now.get(name), then[name])
         return progress, tensors
     if states:
         raise OutputError(

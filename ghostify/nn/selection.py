@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -54,20 +54,6 @@ def select_channels(module: Module, channels: Tensor) -> Module:
     for name in sizes:
         setattr(chosen, name, len(channels))
     return chosen
-
-
-def filters_of(conv: _ConvNd) -> Tensor:
-    """The filter of every output channel, ``(n, c/groups, k, …)``, whatever the layout of the weight.
-
-    Example:
-        >>> filters_of(nn.ConvTranspose2d(6, 8, 2, groups=2)).shape
-        torch.Size([8, 3, 2, 2])
-    """
-    weight = conv.weight.detach()
-    if not isinstance(conv, _ConvTransposeNd):
-        return weight
-    by_group = weight.view(conv.groups, -1, *weight.shape[1:])  # (groups, c/groups, n/groups, k, …)
-    return by_group.transpose(1, 2).flatten(0, 1)
 
 
 def _select_transposed(weight: Tensor, channels: Tensor, groups: int) -> Tensor:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ghostify.nn.selection import filters_of
 from ghostify.spec import Site
 from ghostify.tracing import Trace
+from ghostify.tracing.sites import filters_of
 
 # A filter below this share of the mean length would need huge kernels to stand for another one.
 _FAINT = 1e-3

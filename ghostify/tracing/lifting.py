@@ -11,7 +11,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
@@ -19,16 +18,9 @@ from torch.overrides import TorchFunctionMode
 from ghostify.errors import TraceError, first_line
 from ghostify.tracing.liftable import check_graph, check_modules, check_names
 from ghostify.tracing.lifted import LiftedModel, Retracer, buffers_of, keep_kinds, kinds_kept, named_state
+from ghostify.tracing.sites import CONVOLUTIONS
 from ghostify.tracing.symbolic import attribute, is_constant, trace_graph
 
-_CONVOLUTIONS: dict[Any, type[_ConvNd]] = {
-    F.conv1d: nn.Conv1d,
-    F.conv2d: nn.Conv2d,
-    F.conv3d: nn.Conv3d,
-    F.conv_transpose1d: nn.ConvTranspose1d,
-    F.conv_transpose2d: nn.ConvTranspose2d,
-    F.conv_transpose3d: nn.ConvTranspose3d,
-}
 _ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
@@ -68,7 +60,7 @@ class FunctionalConvolutions(TorchFunctionMode):
         self._fixed = {id(buffer) for buffer in model.buffers()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CONVOLUTIONS:
+        if func in CONVOLUTIONS:
             weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
             groups = args[6] if len(args) > 6 else (kwargs or {}).get("groups", 1)
             thin = isinstance(weight, Tensor) and weight.shape[1] == 1  # every filter sees a single channel
@@ -155,7 +147,7 @@ def _lifted(model: nn.Module, graph: fx.Graph, arguments: Collection[str], enter
         reads.update(f"{called}.{name}" for name, _ in model.get_submodule(called).named_parameters())
     made: dict[str, nn.Module] = {}
     for node in list(lifted.nodes):
-        if node.op == "call_function" and node.target in _CONVOLUTIONS:
+        if node.op == "call_function" and node.target in CONVOLUTIONS:
             conv = _module_for(node, model, reads)
             if conv is not None:
                 name = _name_for(node, {*taken, *made, *reads}, model)
@@ -242,7 +234,7 @@ def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd
     tensors = [_argument(node, name) for name in ("input", "weight", "bias")]
     if any(read not in tensors for read in node.all_input_nodes):  # an option that is computed
         return None
-    kind = _CONVOLUTIONS[node.target]
+    kind = CONVOLUTIONS[node.target]
     names = ("stride", "padding", "output_padding", "dilation", "groups")
     options = {name: value for name in names if (value := _argument(node, name)) is not None}
     channels = (weight.shape[1] * options.get("groups", 1), weight.shape[0])
@@ -257,7 +249,7 @@ def _module_for(node: fx.Node, model: nn.Module, reads: Counter[str]) -> _ConvNd
 
 def _argument(node: fx.Node, name: str) -> Any:
     """An argument of a functional convolution, ``None`` if it is not given."""
-    names = _TRANSPOSED_ARGUMENTS if issubclass(_CONVOLUTIONS[node.target], _ConvTransposeNd) else _ARGUMENTS
+    names = _TRANSPOSED_ARGUMENTS if issubclass(CONVOLUTIONS[node.target], _ConvTransposeNd) else _ARGUMENTS
     given = dict(zip(names, node.args))
     return given.get(name, node.kwargs.get(name))
 

@@ -170,9 +170,7 @@ def full_precision(*models: nn.Module) -> Iterator[None]:
     setattr(home, name, exact)
     cudnn: Any = torch.backends.cudnn
     for kind in (cudnn.conv, cudnn.rnn) if home is cudnn else ():
-        if (
-            kind.fp32_precision == "tf32"
-        ):  # as a switch for all of cuDNN or torch says; what is set back takes this along
+        if kind.fp32_precision == "tf32":  # as a switch for more than this says; what is set back takes it along
             kind.fp32_precision = "ieee"
     try:
         yield

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 
 from ghostify.nn.selection import select_channels
 from ghostify.spec import Call, Site
 from ghostify.tracing.example import difference
 from ghostify.tracing.running import unmarked
 
-_REPLACEABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS: dict[Any, type[_ConvNd]] = {
+    F.conv1d: nn.Conv1d,
+    F.conv2d: nn.Conv2d,
+    F.conv3d: nn.Conv3d,
+    F.conv_transpose1d: nn.ConvTranspose1d,
+    F.conv_transpose2d: nn.ConvTranspose2d,
+    F.conv_transpose3d: nn.ConvTranspose3d,
+}
+"""The function of every kind of convolution, and its module."""
+
+_REPLACEABLE = tuple(CONVOLUTIONS.values())
 _OPTIONS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
 
 
@@ -126,6 +140,68 @@ def is_separable(module: _ConvNd, call: Call) -> bool:
             return not difference(part(x), module(x).index_select(1, channels.to(weight.device)))
     except Exception:  # whatever a subclass raises when its own numbers do not fit any more
         return False
+
+
+def filters_of(conv: _ConvNd) -> Tensor:
+    """The filter of every output channel, ``(n, c/groups, k, …)``, whatever the layout of the weight.
+
+    A subclass may convolve with another weight than it holds, one that is standardised, say; that one counts.
+
+    Example:
+        >>> filters_of(nn.ConvTranspose2d(6, 8, 2, groups=2)).shape
+        torch.Size([8, 3, 2, 2])
+    """
+    weight = conv.weight.detach()
+    if type(conv) not in _REPLACEABLE and not weight.is_meta:
+        weight = _applied_weight(conv)
+    if not conv.transposed:
+        return weight
+    by_group = weight.view(conv.groups, -1, *weight.shape[1:])  # (groups, c/groups, n/groups, k, …)
+    return by_group.transpose(1, 2).flatten(0, 1)
+
+
+def _applied_weight(conv: _ConvNd) -> Tensor:
+    """The weight with which a subclass makes its output; its own, and a warning, where there is more to it."""
+    weight, calls = conv.weight.detach(), _Calls()
+    # Two outputs a side.
+    size = [d * (k - 1) + 1 + s for d, k, s in zip(conv.dilation, conv.kernel_size, conv.stride, strict=True)]
+    x = torch.randn(1, conv.in_channels, *size, generator=torch.Generator().manual_seed(0)).to(weight)
+    with suppress(Exception), unmarked(conv), torch.no_grad():  # whatever a subclass raises for such an input
+        with calls:
+            made = conv(x)
+        for applied, output in calls.found:
+            if applied.shape == weight.shape and not difference(_slopes(output), _slopes(made)):
+                return applied.detach()
+    warnings.warn(
+        f"{type(conv).__name__} does more than to convolve with a weight, so the weights alone hardly tell how its "
+        "channels are related. Start it from calibration images.",
+        stacklevel=2,
+    )
+    return weight
+
+
+def _slopes(maps: Tensor) -> Tensor:
+    """Maps ``(1, n, …)`` but for a constant of every channel, which tells nothing of its filter."""
+    numbers = maps.float().flatten(2)
+    return numbers - numbers[..., :1]
+
+
+class _Calls(TorchFunctionMode):
+    """While it is open, notes the weights and outputs of convolutions.
+
+    Attributes:
+        found: Pairs of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in CONVOLUTIONS:
+            self.found.append((args[1] if len(args) > 1 else (kwargs or {})["weight"], made))
+        return made
 
 
 def _channel_params(module: _ConvNd) -> int:

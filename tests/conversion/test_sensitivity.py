@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ghostify
 from ghostify.conversion import initialisers, sensitivity
@@ -95,6 +96,18 @@ def test_the_default_start_uses_it(monkeypatch):
     weighed = missed()
     monkeypatch.setattr(initialisers, "channel_metrics", lambda *_: {})
     assert weighed < missed()
+
+
+def test_what_a_checkpoint_computes_again_counts_once():
+    class Checkpointed(Means):
+        def forward(self, x):
+            maps = checkpoint(lambda x: self.site(torch.relu(x)).relu_(), self.stem(x), use_reentrant=False)
+            return self.head(maps.mean((2, 3)))
+
+    torch.manual_seed(0)
+    plain, saving = Means(logits=True).eval(), Checkpointed(logits=True).eval()
+    saving.load_state_dict(plain.state_dict())
+    assert torch.allclose(metric_of(saving), metric_of(plain), atol=1e-6)
 
 
 def test_a_model_without_a_gradient_is_told_of():

@@ -2,7 +2,9 @@
 
 import copy
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import ghostify
@@ -77,3 +79,50 @@ def test_a_norm_that_was_folded_away_knows_no_mean():
     with torch.no_grad():
         model.site.weight[8:] = 2 * model.site.weight[:8]
     assert torch.allclose(started(model)(IMAGES), model(IMAGES), atol=1e-3)
+
+
+class Standardised(nn.Conv2d):
+    """Convolves with its filters less their means, at the same length, and pads by itself."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / weight.std((1, 2, 3), keepdim=True) / 8
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), weight, None, self.stride) + self.bias.view(-1, 1, 1)
+
+
+class Normalised(nn.ConvTranspose2d):
+    """Convolves with filters of length 1."""
+
+    def forward(self, x):
+        lengths = self.weight.square().sum((0, 2, 3), keepdim=True).sqrt()
+        return F.conv_transpose2d(x, weight=self.weight / lengths, stride=self.stride, padding=1)
+
+
+class Adapted(nn.Conv2d):
+    """Adds what the mirrored filters make."""
+
+    def forward(self, x):
+        return super().forward(x) + F.conv2d(x, self.weight.flip(2), padding=1)
+
+
+@pytest.mark.parametrize(
+    ("site", "shift"),
+    [(Standardised(6, 16, 3), 1), (Standardised(6, 16, 3, stride=2), 1), (Normalised(6, 16, 3, bias=False), 0)],
+    ids=["standardised", "with a stride", "transposed"],
+)
+def test_the_filters_that_count_are_those_that_a_layer_applies(site, shift):
+    model = Net(channels=16)
+    model.site = site
+    with torch.no_grad():  # every second one is applied as the one before it, and held as another
+        filters = site.weight.transpose(0, 1) if site.transposed else site.weight
+        factors, terms = torch.linspace(0.1, 2, 8), shift * torch.linspace(-1, 1, 8)
+        filters[1::2] = filters[::2] * factors.view(-1, 1, 1, 1) + terms.view(-1, 1, 1, 1)
+    settled(model)
+    assert torch.allclose(started(model)(IMAGES), model(IMAGES), atol=2e-3)
+
+
+def test_a_layer_that_does_more_than_convolve_is_told_of():
+    model = Net(channels=16)
+    model.site = Adapted(6, 16, 3, padding=1)
+    with pytest.warns(UserWarning, match="Adapted does more than to convolve with a weight, so the weights alone"):
+        started(settled(model))

@@ -168,14 +168,15 @@ def test_a_damaged_state_is_told_of_and_the_one_before_is_used(
     assert f"{newest} is damaged" in caplog.text
 
 
-def test_what_would_be_lost_or_mixed_up_is_refused(tmp_path: Path) -> None:
+def test_what_would_be_lost_or_mixed_up_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Interrupted(batches(), 2, 3, stop))
     kept = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
     with pytest.raises(OutputError, match=r"holds a run that is not finished\. Pass resume=True"):
         run(tmp_path)
     with pytest.raises(OptionError, match=r"momentum=0.5, and the run in .* was begun with 0.9"):
-        run(tmp_path, resume=True, config=DistillConfig(momentum=0.5))
+        run(tmp_path, resume=True, config=DistillConfig(momentum=0.5, lr=0.01))
+    assert "from here on" not in caplog.text
     again = {"epochs": EPOCHS, "out": tmp_path, "config": CONFIG, "resume": True}
     with pytest.raises(OptionError, match=r"teacher's weights=.*was begun with"):
         distill(network(2), teacher=network(3), data=batches(), val=batches(), **again)
