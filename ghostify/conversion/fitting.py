@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ _PRIMARY_ROWS = 20_000
 _PRIMARY_ROWS_PER_UNKNOWN, _MANY_UNKNOWNS, _ROWS_PER_MANY_UNKNOWNS = 8, 1024, 6
 # Samples for the cheap kernels, which have few unknowns each; of all channels together no more than so many.
 _FEWEST_CHEAP_ROWS, _MOST_CHEAP_ROWS, _CHEAP_ROWS_OF_ALL = 2_500, 40_000, 2_500_000
+# Multiply-accumulates of the original layer on the images from which these are taken; some images in any case.
+_CHEAP_MACS, _FEWEST_CHEAP_IMAGES = 5e9, 64
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def fit_unit(
     if refit_primary:
         seen = _solve_primary(unit, conv, inputs, targets, centred=centred, generator=generator)
     found = Fitting(kept, seen)
+    inputs, targets = _thinned(conv, inputs, targets)
     if unit.spec.placement == "linear":
         solve_cheap(unit, inputs, targets, centred=centred, generator=generator)
         _shift_mean(norm, targets, (unit(x) for x in inputs))
@@ -104,6 +108,18 @@ def _chosen(unit: GhostConv, norm: nn.Module | None, targets: list[Tensor], gene
     window = Window.depthwise(unit.spec.dw_size, unit.dims)
     explained = explained_share(targets, pixels, window, norm)
     return Choice(explained, choose_layout(explained, unit.spec, unit.groups))
+
+
+def _thinned(conv: _ConvNd, inputs: list[Tensor], targets: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every second, third, … image, where running a unit on all of them would take long."""
+    macs = math.prod(targets[0].shape[2:]) * conv.weight.numel()
+    step = max(1, sum(len(x) for x in inputs) // max(_FEWEST_CHEAP_IMAGES, int(_CHEAP_MACS / macs)))
+    firsts = [-before % step for before in accumulate((len(x) for x in inputs[:-1]), initial=0)]
+
+    def some(chunks: list[Tensor]) -> list[Tensor]:
+        return [maps[first::step] for maps, first in zip(chunks, firsts, strict=True) if first < len(maps)]
+
+    return some(inputs), some(targets)
 
 
 def left_over(unit: GhostConv, norm: nn.Module | None, inputs: list[Tensor], targets: list[Tensor]) -> float:

@@ -281,7 +281,7 @@ def _fit(conversion: Conversion, visit: Visit, shared: dict[str, Choice], *, ref
         factor = _through_norm(norm, decision.site.out_channels).to(targets[0])
         factor = factor.view(-1, *(1 for _ in decision.site.kernel_size))
         targets = [y + d * factor for y, d in zip(targets, visit.tail.drift, strict=True)]
-    if not all(bool(torch.isfinite(maps).all()) for maps in (*visit.inputs, *targets)):
+    if not all(bool(torch.stack(maps.aminmax()).isfinite().all()) for maps in (*visit.inputs, *targets)):
         raise InputsError(
             f"site={decision.site.name!r}: on the calibration inputs, its maps hold NaN or infinite numbers. "
             "Check how the inputs are normalised, and whether the model's precision is enough for them."
