@@ -27,7 +27,7 @@ from ghostify.deployment.quantisation import UNGATED, QuantisationConfig, quanti
 from ghostify.distillation.batches import check_labels
 from ghostify.errors import InputsError, OptionError
 from ghostify.extras import require
-from ghostify.reporting.accuracy import split_batch
+from ghostify.reporting.accuracy import class_numbers, split_batch
 from ghostify.reporting.latency import timing_of
 from ghostify.reporting.report import Timing
 from ghostify.tracing.calibration import Calibration
@@ -307,12 +307,12 @@ def _answers(
     right, same = np.zeros(len(sessions), int), np.zeros(len(sessions), int)
     examples = labelled = 0
     for index, item in enumerate(data):
-        inputs, targets = split_batch(item, index, dims)
+        inputs, given = split_batch(item, index, dims)
         feed = {name: inputs.cpu().to(example.tensors()[0].dtype).numpy()}
         scores = [torch.from_numpy(session.run(None, feed)[0]) for session in sessions]
         if scores[0].dim() != 2 or scores[0].shape[1] < 2:
             return unknown, unknown, 0
-        best = [score.argmax(1) for score in scores]
+        targets, best = class_numbers(given, inputs, index), [score.argmax(1) for score in scores]
         examples += len(inputs)
         same += [int((answer == best[0]).sum()) for answer in best]
         if targets is not None:

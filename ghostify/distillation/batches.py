@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ghostify.errors import InputsError
 
+UNLABELLED = -100
+"""What validation labels say of an answer that has none, as torch's cross-entropy has it."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -71,8 +74,8 @@ class Reader:
         """Take a batch apart and move it to the models.
 
         Args:
-            batch: A tensor; ``(input,)``; or ``(input, target)``. Targets that are not tensors of whole
-                numbers (boxes, captions) are no labels, and are left alone.
+            batch: A tensor; ``(input,)``; or ``(input, target)``. Targets that are not whole numbers, as a tensor, an
+                array or a list (but boxes, captions), are no labels, and are left alone.
             name: ``data`` or ``val``, for messages.
 
         Raises:
@@ -87,9 +90,8 @@ class Reader:
         inputs, target = parts[0], parts[1] if len(parts) == 2 else None
         if inputs.shape[0] == 0:
             raise InputsError(f"{name} yields an input of shape {tuple(inputs.shape)}: a batch without examples.")
-        labels = None
-        if isinstance(target, Tensor) and not target.is_floating_point() and not target.is_complex():
-            labels = target.to(self.device, torch.int64, non_blocking=True)
+        ids = _whole_numbers(target)
+        labels = None if ids is None else ids.to(self.device, torch.int64, non_blocking=True)
         return Batch(self._moved(inputs), labels)
 
     def _moved(self, inputs: Tensor) -> Tensor:
@@ -97,6 +99,16 @@ class Reader:
         if self.channels_last and inputs.dim() == 4:
             return inputs.to(self.device, dtype, non_blocking=True, memory_format=torch.channels_last)
         return inputs.to(self.device, dtype, non_blocking=True)
+
+
+def _whole_numbers(target: Any) -> Tensor | None:
+    """Whole numbers as a tensor; ``None`` for whatever else a target is."""
+    if not isinstance(target, Tensor):
+        try:
+            target = torch.as_tensor(target)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    return None if target.is_floating_point() or target.is_complex() else target
 
 
 @contextmanager
@@ -145,7 +157,7 @@ def check_labels(labels: Tensor, logits: Tensor, name: str) -> None:
         name: ``data`` or ``val``, for messages.
 
     Raises:
-        InputsError: Another shape, or an id outside ``0 … classes - 1``.
+        InputsError: Another shape, or an id outside ``0 … classes - 1``; in ``val`` -100 stands for no label.
     """
     expected = (logits.shape[0], *logits.shape[2:])
     if tuple(labels.shape) != expected:
@@ -153,11 +165,15 @@ def check_labels(labels: Tensor, logits: Tensor, name: str) -> None:
             f"{name} yields labels of shape {tuple(labels.shape)} for class scores of shape {tuple(logits.shape)}; "
             f"class ids of shape {expected} are expected. Give class ids, or the inputs alone."
         )
-    lowest, highest = int(labels.min()), int(labels.max())
+    ids = labels[labels != UNLABELLED] if name == "val" else labels
+    if not ids.numel():
+        return
+    lowest, highest = int(ids.min()), int(ids.max())
     if lowest < 0 or highest >= logits.shape[1]:
+        unlabelled = f" ({UNLABELLED} where there is none)" if name == "val" else ""
         raise InputsError(
             f"{name} yields labels from {lowest} to {highest}, and the models tell {logits.shape[1]} classes apart "
-            f"(0 to {logits.shape[1] - 1}). Renumber the labels, or give the inputs alone."
+            f"(0 to {logits.shape[1] - 1}). Renumber the labels{unlabelled}, or give the inputs alone."
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ghostify.distillation.augmentation import Augment
 from ghostify.distillation.folders import image_folder
 from ghostify.distillation.hub import hub_images
+from ghostify.distillation.pictures import colours, converted
 from ghostify.distillation.shards import tar_shards
 from ghostify.distillation.splits import (
     SPLIT_SEED,
@@ -105,14 +106,14 @@ def read_parquet(folder: str | Path, split: str) -> tuple[Tensor, Tensor]:
     def picture(row: int, mode: str | None = None) -> Any:
         try:
             with images.open(io.BytesIO(stored[row]["bytes"])) as opened:
-                return opened.convert(mode)
+                return opened.mode if mode is None else converted(opened, mode)
         except Exception as error:  # Pillow's decoders raise what they like
             raise InputsError(
                 f"folder={str(folder)!r}: {column} in row {row} of {split} cannot be decoded: {error}. Store images as "
                 "{'bytes': …}, as the datasets library does, or take the row out."
             ) from error
 
-    mode = "L" if picture(0).mode in ("L", "1") else "RGB"
+    mode = colours(picture(0))
 
     def decoded(row: int) -> Tensor:
         image = picture(row, mode)

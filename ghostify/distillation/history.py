@@ -18,14 +18,14 @@ class Scores:
 
     Attributes:
         loss: Mean distillation loss.
-        agreement: Share of examples where student and teacher name the same class.
+        agreement: Share of examples where student and teacher name the same class; ``None`` where there is only one.
         accuracy: Share where the student is right; ``None`` without labels.
         teacher_accuracy: The same of the teacher.
         labelled: How many answers the labels speak of.
     """
 
     loss: float
-    agreement: float
+    agreement: float | None
     accuracy: float | None
     teacher_accuracy: float | None
     labelled: int = 0
@@ -33,7 +33,7 @@ class Scores:
     @property
     def rank(self) -> tuple[float, float]:
         """What the best student has most of: accuracy (without labels, agreement), then a low loss."""
-        return (self.agreement if self.accuracy is None else self.accuracy, -self.loss)
+        return ((self.agreement or 0.0) if self.accuracy is None else self.accuracy, -self.loss)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Epoch:
         loss: Mean training loss.
         lr: Learning rate of its last step.
         val_accuracy: Share of validation examples that the student gets right, ``None`` without labels.
-        val_agreement: Share where student and teacher agree, ``None`` without validation data.
+        val_agreement: Share where student and teacher agree, ``None`` without validation data, or classes.
         val_loss: Mean distillation loss on the validation data, ``None`` without.
         seconds: Training and validation together.
         images_per_second: Of the training alone.

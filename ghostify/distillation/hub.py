@@ -77,7 +77,9 @@ def _pictures(table: Any, name: str) -> Pictures:
     if len(table) == 0:
         raise InputsError(f"data={name!r} is empty. Check the files.")
     try:
-        labels = torch.tensor(table["label"][:], dtype=torch.int64)
+        labels = torch.tensor(table["label"][:])
+        if labels.is_floating_point():
+            raise ValueError(f"they are fractions, such as {float(labels[0]):g}")
     except (TypeError, ValueError) as error:
         raise InputsError(f"data={name!r} has labels that are no class ids: {error}. Number the classes.") from error
     images = table.select_columns([column])
@@ -91,4 +93,4 @@ def _pictures(table: Any, name: str) -> Pictures:
             raise InputsError(f"data={name!r}: row {row} of {column} holds no stored image. Store images as such.")
         return Encoded(f"{name} row {row}", entry["bytes"]) if entry.get("bytes") else Encoded(entry["path"])
 
-    return Pictures(read, torch.arange(len(table)), labels)
+    return Pictures(read, torch.arange(len(table)), labels.long())

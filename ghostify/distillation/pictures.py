@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,7 +110,26 @@ def look_at(readers: Sequence[Callable[[], Encoded]], image_size: int | None) ->
     size = (image_size or 224,) * 2
     if image_size is None and len(set(sizes)) == 1:
         size = sizes[0]
-    return Look("L" if modes[0] in ("L", "1") else "RGB", size, set(sizes) == {size})
+    return Look(colours(modes[0]), size, set(sizes) == {size})
+
+
+def colours(mode: str) -> str:
+    """The mode, of 8 bits a channel, that pictures of a mode of Pillow's are decoded to: ``L`` or ``RGB``."""
+    return "L" if mode in ("L", "1") or mode.startswith("I;16") else "RGB"
+
+
+def converted(picture: Any, mode: str) -> Any:
+    """A picture of Pillow's in ``L`` or ``RGB``; of 16 bits the higher ones are kept.
+
+    Raises:
+        ValueError: Its numbers have no range that is known; Pillow would cut them off at 255.
+    """
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its mode {picture.mode} has numbers of any size; store 8 or 16 bits a channel")
+    if picture.mode.startswith("I;16"):
+        values = (np.asarray(picture).astype(np.uint32) + 128) // 257
+        picture = require("PIL.Image", extra="data").fromarray(values.astype(np.uint8))
+    return picture.convert(mode)
 
 
 def decode(stored: Encoded, look: Look, crop: float | None = None, tries: Tensor | None = None) -> Tensor:
@@ -130,7 +150,7 @@ def decode(stored: Encoded, look: Look, crop: float | None = None, tries: Tensor
     height, width = look.size
     with _opened(stored) as opened:
         try:
-            picture = opened.convert(look.mode)
+            picture = converted(opened, look.mode)
         except Exception as error:  # Pillow's decoders raise what they like
             raise _unreadable(stored, error) from error
     bilinear = require("PIL.Image", extra="data").Resampling.BILINEAR

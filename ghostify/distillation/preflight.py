@@ -16,6 +16,7 @@ from ghostify.distillation.batches import Batch, Reader, check_labels
 from ghostify.distillation.config import DistillConfig
 from ghostify.distillation.history import Scores
 from ghostify.errors import InputsError, OptionError, TrainingError, first_line
+from ghostify.nn.ghost import GhostConv
 from ghostify.tracing.example import require_module
 from ghostify.tracing.running import evaluating
 
@@ -58,6 +59,16 @@ def check_models(student: nn.Module, teacher: nn.Module, epochs: int, precision:
             f"student ({type(student).__name__}) has {len(parameters)} parameters and none with requires_grad=True. "
             "Call student.requires_grad_(True)."
         )
+    units = {name: module for name, module in student.named_modules() if isinstance(module, GhostConv)}
+    frozen = [name for name, unit in units.items() if not any(p.requires_grad for p in unit.parameters())]
+    if frozen:
+        log.warning(
+            "%d of %d Ghost units of student do not learn, as the layers that they replace were frozen (%r is the "
+            "first). student.requires_grad_(True) lets them",
+            len(frozen),
+            len(units),
+            frozen[0],
+        )
     halves = {name: p.dtype for name, p in trainable.items() if p.dtype in (torch.float16, torch.bfloat16)}
     if precision == "fp16" and halves:
         name, dtype = next(iter(halves.items()))
@@ -95,7 +106,7 @@ def check_storable(student: nn.Module) -> None:
         )
 
 
-def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, hard_weight: float) -> int:
+def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: str, config: DistillConfig) -> int:
     """Run both models once and see that their answers can be compared with each other and with the labels.
 
     Args:
@@ -103,14 +114,15 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
         teacher: The same.
         batch: The first one.
         name: ``data`` or ``val``, for messages.
-        hard_weight: Labels are needed where it is above 0, and are not looked at in ``data`` where it is 0.
+        config: Labels are needed where ``hard_weight`` is above 0, and are not looked at in ``data`` where it is 0.
 
     Returns:
         How many classes the models tell apart.
 
     Raises:
         TrainingError: A model does not run, gives no class scores, or scores of another shape than the other.
-        OptionError: ``hard_weight`` asks for labels that are not there.
+        OptionError: ``hard_weight`` asks for labels that are not there, or the loss is no function of two tensors and a
+            number that gives one number.
         InputsError: Labels that do not fit the scores.
     """
     wanted = _scores(teacher, batch.inputs, f"teacher ({type(teacher).__name__})", name)
@@ -130,16 +142,34 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
             f"student ({type(student).__name__}) gives scores that are not finite on the first batch of {name}, before "
             "any training. Check its weights, or convert the original anew."
         )
-    if name == "data" and hard_weight == 0:
+    if callable(config.loss):
+        _check_loss(scores, wanted, config)
+    if name == "data" and config.hard_weight == 0:
         return scores.shape[1]
     if batch.labels is not None:
         check_labels(batch.labels, scores, name)
     elif name == "data":
         raise OptionError(
-            f"hard_weight={hard_weight} needs labels, and data yields none that are whole-number tensors. "
+            f"hard_weight={config.hard_weight} needs labels, and data yields none that are whole numbers. "
             "Pass hard_weight=0, or batches (input, class ids)."
         )
     return scores.shape[1]
+
+
+def _check_loss(scores: Tensor, wanted: Tensor, config: DistillConfig) -> None:
+    told = config.settings()["loss"]
+    try:
+        loss = config.loss_function(scores, wanted, config.temperature)
+    except Exception as error:  # whatever a user's function raises
+        raise OptionError(
+            f"loss={told!r} does not run on class scores {tuple(scores.shape)} of student and teacher and the "
+            f"temperature: {first_line(error).rstrip('.')}. Pass a function of these three."
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        made = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise OptionError(
+            f"loss={told!r} gives {made}, and one number for the whole batch is needed, as a tensor. Take its mean."
+        )
 
 
 def check_classes(classes: int, config: DistillConfig) -> None:
@@ -172,7 +202,7 @@ def check_start(start: Scores | None, classes: int) -> None:
     Raises:
         TrainingError: It is not two standard deviations better, on at least 200 labels.
     """
-    if start is not None and start.agreement == 1 and abs(start.loss) < _NOTHING:
+    if start is not None and start.agreement in (1, None) and abs(start.loss) < _NOTHING:
         log.warning("student answers val exactly as teacher does: is it a converted model? There is nothing to learn")
     if start is not None and start.labelled and start.labelled < _FEW_ANSWERS:
         log.warning(
@@ -200,7 +230,15 @@ def first_batch(data: Iterable[Any], reader: Reader, name: str) -> Batch:
         InputsError: There is none, or it cannot be read.
     """
     for item in data:
-        return reader.read(item, name)
+        batch = reader.read(item, name)
+        target = item[1] if isinstance(item, tuple | list) and len(item) == 2 else None
+        if name == "val" and target is not None and batch.labels is None:
+            log.warning(
+                "val yields targets that are no class ids (%s): they are left alone, and epochs are compared by how "
+                "far the student answers as the teacher does. Class ids are whole numbers",
+                getattr(target, "dtype", type(target).__name__),
+            )
+        return batch
     raise InputsError(f"{name} is empty: it has a length but yields no batch. Check its sampler.")
 
 

@@ -53,9 +53,13 @@ def scores_line(scores: Scores | None) -> str:
         'val 90.0 %, teacher 91.7 %'
         >>> scores_line(Scores(loss=0.2, agreement=0.95, accuracy=None, teacher_accuracy=None))
         'val agrees with the teacher on 95.0 %'
+        >>> scores_line(Scores(loss=0.2, agreement=None, accuracy=None, teacher_accuracy=None))
+        'val loss 0.2000'
     """
     if scores is None:
         return ""
+    if scores.accuracy is None and scores.agreement is None:
+        return f"val loss {scores.loss:.4f}"
     if scores.accuracy is None or scores.teacher_accuracy is None:
         return f"val agrees with the teacher on {scores.agreement:.1%}".replace("%", " %")
     return f"val {scores.accuracy:.1%}, teacher {scores.teacher_accuracy:.1%}".replace("%", " %")

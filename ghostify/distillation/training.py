@@ -69,7 +69,8 @@ def distill(
     MixUp, ``loss="dist"`` and the features' ``"mse"``.
 
     Args:
-        student: Gives class scores ``(n, classes, ...)``. Parameters with ``requires_grad=False`` stay as they are.
+        student: Gives class scores ``(n, classes, ...)``. Parameters with ``requires_grad=False`` stay as they are
+            (the statistics of norms do with ``freeze_norms`` alone).
         teacher: Gives class scores of the same shape; run in evaluation mode.
         data: An iterable of ``(input, target)`` or of inputs alone, gone through anew every epoch; if it has
             ``set_epoch``, that is called with the epoch's number from 0. One without a length is gone
@@ -143,7 +144,7 @@ def distill(
                     processes.check_data(batch, name)
                     if name == "data":
                         first = batch
-                    classes = check_batch(student, teacher, batch, name=name, hard_weight=config.hard_weight)
+                    classes = check_batch(student, teacher, batch, name=name, config=config)
                     check_classes(classes, config)
                     if taps is not None:
                         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostify.distillation.batches import Reader, check_labels
+from ghostify.distillation.batches import UNLABELLED, Reader, check_labels
 from ghostify.distillation.history import Scores
 from ghostify.distillation.processes import Processes
 from ghostify.distillation.stopping import Stop
@@ -66,7 +66,7 @@ def validate(
             sums[5] += (~torch.isfinite(wanted)).sum()
             if batch.labels is not None:
                 check_labels(batch.labels, scores, "val")
-                labelled += guess.numel()
+                labelled += int((batch.labels != UNLABELLED).sum())
                 sums[2] += (guess == batch.labels).sum()
                 sums[3] += (reference == batch.labels).sum()
     counts = processes.sum(torch.tensor([examples, answers, labelled], device=reader.device))
@@ -81,7 +81,7 @@ def validate(
         )
     return Scores(
         loss=math.nan if bad else total / examples,
-        agreement=agreeing / answers,
+        agreement=agreeing / answers if scores.shape[1] > 1 else None,
         accuracy=right / labelled if labelled else None,
         teacher_accuracy=teacher_right / labelled if labelled else None,
         labelled=labelled,

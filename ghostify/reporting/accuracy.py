@@ -64,6 +64,7 @@ def measure_accuracy(
                 continue
             scores = [_scores(model, inputs) for model in (original, compressed)]
             _check_shapes(scores, inputs)
+            targets = class_numbers(targets, inputs, tally.batches - 1)
             _add(tally, scores, targets)
     if tally.examples == 0:
         raise InputsError(
@@ -96,11 +97,11 @@ def _accuracy(tally: _Tally) -> tuple[Accuracy, tuple[str, ...]]:
     return accuracy, remarks
 
 
-def split_batch(item: Any, index: int, input_dims: int) -> tuple[Tensor, Tensor | None]:
-    """Inputs and targets of a batch, with the shapes that they must have.
+def split_batch(item: Any, index: int, input_dims: int) -> tuple[Tensor, Any]:
+    """Inputs of a batch, with the shape that they must have, and its targets, whatever these are.
 
     Args:
-        item: Inputs ``(n, ...)``, or ``(inputs, targets)`` with class numbers ``(n,)``.
+        item: Inputs ``(n, ...)``, or ``(inputs, targets)``.
         index: Number of the batch, for messages.
         input_dims: Dimensions that the inputs must have.
 
@@ -117,15 +118,29 @@ def split_batch(item: Any, index: int, input_dims: int) -> tuple[Tensor, Tensor 
             f"data: batch {index} has inputs of shape {tuple(inputs.shape)}, and the example inputs have {input_dims} "
             "dimensions. Pass batches, for example torch.utils.data.DataLoader(dataset, batch_size=64)."
         )
-    if len(parts) == 1:
-        return inputs, None
-    targets = torch.as_tensor(parts[1])
+    return inputs, parts[1] if len(parts) == 2 else None
+
+
+def class_numbers(given: Any, inputs: Tensor, index: int) -> Tensor | None:
+    """Targets of a batch as class numbers ``(n,)``; ``None`` if there are none.
+
+    Args:
+        given: What the batch holds.
+        inputs: ``(n, ...)``.
+        index: Number of the batch, for messages.
+
+    Raises:
+        InputsError: They are something else.
+    """
+    if given is None:
+        return None
+    targets = torch.as_tensor(given)
     if targets.shape != inputs.shape[:1] or targets.is_floating_point() or targets.is_complex():
         raise InputsError(
             f"data: batch {index} has targets of shape {tuple(targets.shape)} and type {targets.dtype} for "
             f"{len(inputs)} examples. Pass class numbers: integers of shape ({len(inputs)},)."
         )
-    return inputs, targets
+    return targets
 
 
 def _scores(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -184,6 +185,14 @@ def test_parquet_is_read_in_its_colours(tmp_path: Path, mode: str, channels: int
     assert sorted(values.tolist()) == list(range(12))
     assert torch.equal(labels, values.long() % 3)  # each image still has its own label
     assert (both == both[:, :1, :1, :1]).all()
+
+
+def test_parquet_of_sixteen_bits(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    stored(tmp_path, "train", [image.fromarray(np.full((4, 6), 257 * i, np.uint16)) for i in range(12)])
+    images = load_data(f"parquet:{tmp_path}", DataOptions(val_size=1, augment=False)).train.images
+    assert images.shape == (11, 1, 4, 6)
+    assert len(set(images[:, 0, 0, 0].tolist())) == 11
 
 
 def test_rows_and_columns_of_a_stored_picture_keep_their_places(tmp_path: Path) -> None:

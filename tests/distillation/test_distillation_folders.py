@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from stored_images import encoded, plain
@@ -109,6 +110,26 @@ def test_random_parts_are_cut_of_images_that_would_fit_memory(tmp_path: Path) ->
 def test_grey_images_stay_grey(tmp_path: Path) -> None:
     tree(tmp_path, {"train": {"a": 4, "b": 4}}, channels=1)
     assert load_data(f"imagefolder:{tmp_path}").train.images.shape[1:] == (1, 4, 6)
+
+
+def test_of_sixteen_bits_the_higher_ones_are_kept(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number, value in enumerate((0, 257, 30_000, 65_535)):
+        pillow.fromarray(np.full((4, 6), value, np.uint16)).save(tmp_path / "train" / "a" / f"{number}.png")
+    images = load_data(f"imagefolder:{tmp_path}", DataOptions(val_size=1, augment=False))
+    both = torch.cat([part.images for part in (images.train, images.val, images.test)])
+    assert both.shape == (4, 1, 4, 6)
+    assert sorted(both[:, 0, 0, 0].tolist()) == [0, 1, 117, 255]
+
+
+def test_numbers_without_a_range_are_no_image(tmp_path: Path) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for number in range(4):
+        pillow.fromarray(np.full((4, 6), 0.5, np.float32)).save(tmp_path / "train" / "a" / f"{number}.tiff")
+    with pytest.raises(InputsError, match="cannot be decoded: its mode F has numbers of any size; store 8 or 16 bits"):
+        load_data(f"imagefolder:{tmp_path}", DataOptions(val_size=1))
 
 
 def test_the_middle_of_a_whole_image_is_taken() -> None:
@@ -219,7 +240,8 @@ def test_a_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path
         ({"train": lambda count: table(count, label=-1)}, "train has labels below 0"),
         ({"train": lambda count: table(count, column="pixels")}, "has the columns pixels, label; img or image"),
         ({"train": lambda _: table(0)}, "'hf:it train' is empty"),
-        ({"train": lambda count: table(count).cast_column("label", text())}, "labels that are no class ids"),
+        ({"train": lambda count: table(count).cast_column("label", value("string"))}, "labels that are no class ids"),
+        ({"train": lambda count: table(count).cast_column("label", value("float32"))}, "they are fractions, such as 0"),
         (
             {"train": lambda count: table(count).remove_columns("image").add_column("image", [1] * count)},
             r"row \d of image",
@@ -234,8 +256,8 @@ def test_data_sets_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, parts: dict,
         load_data("hf:it")
 
 
-def text() -> object:
-    return pytest.importorskip("datasets").Value("string")
+def value(kind: str) -> object:
+    return pytest.importorskip("datasets").Value(kind)
 
 
 def test_hub_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,10 @@ class Outputs(nn.Module):
         return self.give(self.inner(x))
 
 
+def own(loss) -> DistillConfig:
+    return DistillConfig(loss=loss)
+
+
 class Empty:
     def __len__(self) -> int:
         return 3
@@ -80,6 +84,13 @@ class Empty:
         ({"student": Outputs(lambda z: {"logits": z})}, TrainingError, r"student \(Outputs\) gives a dict"),
         ({"student": Outputs(lambda z: z.sum(1))}, TrainingError, r"a Tensor of shape \(8,\); class scores"),
         ({"teacher": Outputs(lambda z: z / 0)}, TrainingError, "teacher .* scores that are not finite"),
+        (
+            {"config": own(lambda a, b, t: (a - b).mean(1)), "val": [X]},
+            OptionError,
+            r"gives a tensor of shape \(8,\), and",
+        ),
+        ({"config": own(lambda a, b, t: (a - b).mean().item())}, OptionError, "gives a float, and one number"),
+        ({"config": own(nn.MSELoss())}, OptionError, "loss='MSELoss' does not run on class scores .*TypeError"),
         ({"student": nn.Linear(4, 3).requires_grad_(False)}, TrainingError, "none with requires_grad=True"),
         ({"student": nn.Linear(4, 3, device="meta")}, TrainingError, "several devices: cpu, meta"),
     ],

@@ -108,6 +108,8 @@ def test_outputs_that_are_no_class_scores_leave_accuracy_out(model, why):
     (remark,) = [remark for remark in report.remarks if remark.startswith("Accuracy is left out")]
     assert why.replace("\\", "") in remark
     assert remark in str(report)
+    labelled = quick(model, model, x, data=[(x, torch.zeros(1, 6, 6))])  # whatever the targets are
+    assert labelled.remarks == report.remarks
 
 
 def test_different_output_shapes_are_refused():
