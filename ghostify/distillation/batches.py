@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,12 +104,14 @@ class Reader:
 
 def _whole_numbers(target: Any) -> Tensor | None:
     """Whole numbers as a tensor; ``None`` for whatever else a target is."""
-    if not isinstance(target, Tensor):
-        try:
-            target = torch.as_tensor(target)
-        except (TypeError, ValueError, RuntimeError):
-            return None
-    return None if target.is_floating_point() or target.is_complex() else target
+    if isinstance(target, Tensor):
+        return None if target.is_floating_point() or target.is_complex() else target
+    # Not whatever torch makes a tensor of: several targets of one example are a list of tensors.
+    numbers = isinstance(target, np.ndarray) and target.dtype.kind in "iub"
+    if numbers or (isinstance(target, list | tuple) and all(isinstance(one, int) for one in target)):
+        with suppress(TypeError, RuntimeError):  # of a kind, or a size, that torch does not have
+            return torch.as_tensor(target)
+    return None
 
 
 @contextmanager

@@ -33,7 +33,8 @@ class Scores:
     @property
     def rank(self) -> tuple[float, float]:
         """What the best student has most of: accuracy (without labels, agreement), then a low loss."""
-        return ((self.agreement or 0.0) if self.accuracy is None else self.accuracy, -self.loss)
+        agreement = 1.0 if self.agreement is None else self.agreement  # as where nobody could disagree
+        return (agreement if self.accuracy is None else self.accuracy, -self.loss)
 
 
 @dataclass(frozen=True)

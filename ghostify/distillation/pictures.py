@@ -125,7 +125,7 @@ def converted(picture: Any, mode: str) -> Any:
         ValueError: Its numbers have no range that is known; Pillow would cut them off at 255.
     """
     if picture.mode in ("I", "F"):
-        raise ValueError(f"its mode {picture.mode} has numbers of any size; store 8 or 16 bits a channel")
+        raise ValueError(f"its mode {picture.mode} has numbers of any size; store 8 or 16 bits a channel, as PNG")
     if picture.mode.startswith("I;16"):
         values = (np.asarray(picture).astype(np.uint32) + 128) // 257
         picture = require("PIL.Image", extra="data").fromarray(values.astype(np.uint8))

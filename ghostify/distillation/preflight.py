@@ -143,7 +143,9 @@ def check_batch(student: nn.Module, teacher: nn.Module, batch: Batch, *, name: s
             "any training. Check its weights, or convert the original anew."
         )
     if callable(config.loss):
-        _check_loss(scores, wanted, config)
+        # As it is called: outside autocast, and in training with gradients.
+        with torch.autocast(scores.device.type, enabled=False), torch.set_grad_enabled(name == "data"):
+            _check_loss(scores.detach().clone().requires_grad_(name == "data"), wanted, config)
     if name == "data" and config.hard_weight == 0:
         return scores.shape[1]
     if batch.labels is not None:
@@ -165,7 +167,7 @@ def _check_loss(scores: Tensor, wanted: Tensor, config: DistillConfig) -> None:
             f"loss={told!r} does not run on class scores {tuple(scores.shape)} of student and teacher and the "
             f"temperature: {first_line(error).rstrip('.')}. Pass a function of these three."
         ) from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
         made = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise OptionError(
             f"loss={told!r} gives {made}, and one number for the whole batch is needed, as a tensor. Take its mean."

@@ -44,8 +44,8 @@ def validate(
         InputsError: Labels that do not fit the scores, or no batch at all.
         NonFiniteLossError: The teacher's scores are NaN or infinite.
     """
-    # loss, agreeing, right, teacher right, scores that are not finite, the same of the teacher
-    sums = torch.zeros(6, dtype=torch.float64, device=reader.device)
+    # loss, agreeing, right, teacher right, scores that are not finite, the same of the teacher, answers among several
+    sums = torch.zeros(7, dtype=torch.float64, device=reader.device)
     examples = answers = labelled = 0
     with evaluating(student, teacher), torch.no_grad():
         for item in val:
@@ -64,6 +64,7 @@ def validate(
             sums[1] += (guess == reference).sum()
             sums[4] += (~torch.isfinite(scores)).sum()
             sums[5] += (~torch.isfinite(wanted)).sum()
+            sums[6] += guess.numel() if scores.shape[1] > 1 else 0
             if batch.labels is not None:
                 check_labels(batch.labels, scores, "val")
                 labelled += int((batch.labels != UNLABELLED).sum())
@@ -73,7 +74,7 @@ def validate(
     examples, answers, labelled = counts.tolist()
     if not examples:
         raise InputsError("val yields no batch any more. Pass something that can be iterated anew.")
-    total, agreeing, right, teacher_right, bad, teacher_bad = processes.sum(sums).tolist()
+    total, agreeing, right, teacher_right, bad, teacher_bad, several = processes.sum(sums).tolist()
     if teacher_bad:
         raise NonFiniteLossError(
             f"val: {teacher_bad:,.0f} of the teacher's scores are NaN or infinite. "
@@ -81,7 +82,7 @@ def validate(
         )
     return Scores(
         loss=math.nan if bad else total / examples,
-        agreement=agreeing / answers if scores.shape[1] > 1 else None,
+        agreement=agreeing / answers if several else None,
         accuracy=right / labelled if labelled else None,
         teacher_accuracy=teacher_right / labelled if labelled else None,
         labelled=labelled,

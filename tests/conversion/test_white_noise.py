@@ -9,6 +9,7 @@ from torch import nn
 
 import ghostify
 from ghostify import GhostSpec
+from ghostify.tracing.sites import filters_of
 
 
 class Net(nn.Module):
@@ -119,6 +120,20 @@ def test_the_filters_that_count_are_those_that_a_layer_applies(site, shift):
         filters[1::2] = filters[::2] * factors.view(-1, 1, 1, 1) + terms.view(-1, 1, 1, 1)
     settled(model)
     assert torch.allclose(started(model)(IMAGES), model(IMAGES), atol=2e-3)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1), (torch.float32, 1), (torch.float32, 1e-7)])
+def test_a_bias_that_is_added_afterwards_is_no_filter_and_tiny_filters_are(dtype, size, recwarn):
+    site = Standardised(6, 16, 3).to(dtype)
+    with torch.no_grad():
+        site.bias *= 10
+    assert torch.allclose(filters_of(site).float().mean((1, 2, 3)), torch.zeros(16), atol=1e-2)
+    assert not recwarn
+    adapted = Adapted(6, 16, 3, padding=1, bias=False).to(dtype)
+    with torch.no_grad():
+        adapted.weight *= size
+    with pytest.warns(UserWarning, match="Adapted does more"):
+        filters_of(adapted)
 
 
 def test_a_layer_that_does_more_than_convolve_is_told_of():

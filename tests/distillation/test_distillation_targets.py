@@ -6,7 +6,7 @@ from torch import nn
 
 import ghostify
 from ghostify.distillation import DistillConfig, distill
-from ghostify.errors import InputsError
+from ghostify.errors import InputsError, OptionError
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 3
@@ -19,11 +19,34 @@ def test_class_ids_are_read_from_lists_and_arrays(ids: object) -> None:
     assert run.history[0].val_accuracy == float((student(X).argmax(1) == Y).float().mean())
 
 
-@pytest.mark.parametrize(("target", "told"), [(Y.float(), "torch.float32"), (["a cat"] * 8, "list")])
+@pytest.mark.parametrize(("target", "told"), [(Y.float(), "torch.float32"), (["a cat"] * 8, "list"), ([Y, Y], "list")])
 def test_targets_that_choose_no_epoch_are_told_of(target: object, told: str, caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = (nn.Linear(4, 3), nn.Linear(4, 3))
     assert distill(student, teacher=teacher, data=[X], val=[(X, target)], epochs=1).history[0].val_accuracy is None
     assert f"val yields targets that are no class ids ({told}): they are left alone" in caplog.text
+
+
+def test_several_targets_of_a_last_single_example_are_no_labels() -> None:
+    val = [(X, [Y, Y]), (X[:1], [Y[:1], Y[:1]])]
+    run = distill(nn.Linear(4, 3), teacher=nn.Linear(4, 3), data=[X], val=val, epochs=1)
+    assert run.history[0].val_accuracy is None
+
+
+def test_a_loss_is_tried_as_it_is_called() -> None:
+    seen = []
+
+    def penalised(scores: torch.Tensor, wanted: torch.Tensor, temperature: float) -> torch.Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        loss = (scores - wanted).square().mean()
+        (slope,) = torch.autograd.grad(loss, scores, create_graph=True)
+        return loss + slope.square().sum()
+
+    config = DistillConfig(loss=penalised, precision="bf16")
+    distill(nn.Linear(4, 3), teacher=nn.Linear(4, 3), data=[X], epochs=1, config=config)
+    assert seen == [False, False]
+    one = DistillConfig(loss=lambda scores, wanted, _: (scores - wanted).mean().view(1))
+    with pytest.raises(OptionError, match=r"gives a tensor of shape \(1,\), and one number"):
+        distill(nn.Linear(4, 3), teacher=nn.Linear(4, 3), data=[X], epochs=1, config=one)
 
 
 def test_answers_without_a_label_do_not_count() -> None:
