@@ -75,8 +75,8 @@ class Reader:
         """Take a batch apart and move it to the models.
 
         Args:
-            batch: A tensor; ``(input,)``; or ``(input, target)``. Targets that are not whole numbers, as a tensor, an
-                array or a list (but boxes, captions), are no labels, and are left alone.
+            batch: A tensor; ``(input,)``; or ``(input, target)``. Targets that are no tensor, array or list of whole
+                numbers (boxes, captions) are no labels, and are left alone.
             name: ``data`` or ``val``, for messages.
 
         Raises:

@@ -6,6 +6,10 @@ from torch import nn
 
 import ghostify
 from ghostify.distillation import DistillConfig, distill
+from ghostify.distillation.batches import Reader
+from ghostify.distillation.history import Scores
+from ghostify.distillation.processes import Processes
+from ghostify.distillation.validation import validate
 from ghostify.errors import InputsError, OptionError
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -69,6 +73,32 @@ def test_of_a_single_score_there_is_no_agreement(caplog: pytest.LogCaptureFixtur
     assert [epoch.val_agreement for epoch in run.history] == [None, None]
     assert run.best_epoch == min(run.history, key=lambda epoch: epoch.val_loss).epoch
     assert "agrees" not in caplog.text
+
+
+def test_a_process_without_a_row_of_its_own_scores_what_the_others_do() -> None:
+    class Second(Processes):
+        """One of two; the other has the only example, and both of its models agree."""
+
+        def sum(self, numbers: torch.Tensor) -> torch.Tensor:
+            return numbers + torch.ones_like(numbers) * (numbers.dtype == torch.int64) + self.theirs(numbers)
+
+        @staticmethod
+        def theirs(numbers: torch.Tensor) -> torch.Tensor:
+            theirs = torch.zeros_like(numbers)
+            if numbers.dtype == torch.float64:
+                theirs[[1, 6]] = 1.0  # agreeing, and among several classes
+            return theirs
+
+    model, reader = nn.Linear(4, 3), Reader(torch.device("cpu"), torch.float32, channels_last=False)
+    scores = validate(
+        model, teacher=model, val=[X[:1]], reader=reader, loss=nn.functional.mse_loss, processes=Second(1, 2)
+    )
+    assert scores.agreement == 1
+
+
+def test_scores_of_a_run_from_before_agreement_was_left_out_are_compared_by_their_loss() -> None:
+    before, now = (Scores(loss, agreement, None, None) for loss, agreement in ((0.5, 1.0), (0.4, None)))
+    assert now.rank > before.rank
 
 
 def test_ghost_units_that_cannot_learn_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
